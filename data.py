@@ -495,10 +495,10 @@ def be_quiet(worker):
 
 # --- Augmentation ----------------------------------------------------------------------------------------
 def simclr_view(images, noise, least=0.08):
-    """One of SimCLR's views of each image, on the batch and on its device: crop, flip, colours, blur.
+    """One of SimCLR's views of each image, on the batch and on its device: crop, flip and colours.
 
     images uint8 (B,3,H,W), noise (B,12) uniform, the only chance; least: share of the area that a crop keeps ->
-    uint8 (B,3,H,W). Strengths are SLIP's: jitter 0.4, 0.4, 0.4, 0.1 with p 0.8, grey 0.2, blur 0.5."""
+    uint8 (B,3,H,W). Strengths are SLIP's: jitter 0.4, 0.4, 0.4, 0.1 with p 0.8, grey 0.2; no blur."""
     u, x = noise.T, images.float() / 255
     area, ratio = least + (1 - least) * u[0], torch.exp((2 * u[1] - 1) * math.log(4 / 3))
     w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)  # shares of width and height
@@ -522,17 +522,9 @@ def simclr_view(images, noise, least=0.08):
     x = torch.einsum("bij,bjhw->bihw", colour, x)
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
     x = mean + contrast.view(-1, 1, 1, 1) * (x - mean)
-    # Blur: a separable Gaussian of 0.1 to 2 pixels at 224, as one grouped convolution; tiny where it is off.
-    B, _, H, W = x.shape
-    sigma = torch.where(u[11] < 0.5, 0.1 + 1.9 * 2 * u[11], 0.01) * max(H, W) / 224 + 1e-3
-    reach = max(1, round(4 * max(H, W) / 224))
-    taps = torch.arange(-reach, reach + 1, device=x.device)
-    kernel = torch.softmax(-(taps**2) / (2 * sigma[:, None] ** 2), dim=1).repeat_interleave(3, dim=0)  # (3B,taps)
-    x = F.pad(x.reshape(1, 3 * B, H, W), (reach,) * 4, mode="replicate")
-    x = F.conv2d(F.conv2d(x, kernel[:, None, None, :], groups=3 * B), kernel[:, None, :, None], groups=3 * B)
-    return (x.view(B, 3, H, W).clamp(0, 1) * 255).round().byte()
+    return (x.clamp(0, 1) * 255).round().byte()
 
-# --- Built-in scenes -------------------------------------------------------------------------------------
+# --- Built-in scenes --------------------------------------------------------------------------------------
 COLOURS = {
     "red": (214, 39, 40), "green": (44, 150, 60), "blue": (40, 80, 220), "yellow": (245, 220, 50),
     "orange": (250, 130, 20), "purple": (130, 50, 170), "pink": (250, 150, 200), "brown": (120, 72, 40),
@@ -542,129 +534,104 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "cre
 CLASSES = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 PHRASES = ("{}", "{}", "one {}", "there is {}", "a picture of {}", "a drawing of {}", "this is {}", "{} here")
-NUMBERS = ("one", "two", "three", "four")
+SETS = {  # labelled sets: the names of their classes, and templates
+    "objects": ([" ".join(pair) for pair in CLASSES], ["a {c}", "there is a {c}", "a picture of a {c}"]),
+    "count": (["one object", "two objects", "three objects", "four objects"], ["{c}", "a picture of {c}"]),
+    "position": (["top left", "top right", "bottom left", "bottom right"], ["a shape in the {c}"]),
+    "relation": ([f"a red circle {relation} a blue square" for relation in RELATIONS], ["{c}"]),
+}
 SIDE = 32  # pixels
 
-def turned(points, angle):
-    """Points (n,2) turned about the origin."""
-    cos, sin = math.cos(angle), math.sin(angle)
-    return points @ np.array([[cos, sin], [-sin, cos]])
+def polar(radius, angle):
+    """Points (n,2) at these radii and angles about the origin, y down."""
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
-def outline(shape):
-    """A shape's outline (points,2), about the unit circle, y down."""
-    turn = np.linspace(0, 2 * np.pi, 33)
-    circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
-    if shape == "circle":
-        return 0.9 * circle
-    if shape == "square":
-        return 0.8 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
-    if shape == "triangle":
-        return np.array([[0, -1], [0.95, 0.75], [-0.95, 0.75]])
-    if shape == "star":
-        angle, radius = np.arange(10) * np.pi / 5 - np.pi / 2, np.where(np.arange(10) % 2, 0.42, 1.05)
-        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-    if shape == "cross":
-        corner = np.array([[-0.32, -0.32], [-0.32, -0.95], [0.32, -0.95]])
-        return np.concatenate([turned(corner, n * np.pi / 2) for n in range(4)])
-    if shape == "ring":
-        return np.concatenate([circle, 0.55 * circle[::-1]])
-    if shape == "heart":
-        y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
-        return np.stack([np.sin(turn) ** 3, -y / 16], axis=1)
-    back, front = np.linspace(0.74, 2 * np.pi - 0.74, 25), np.linspace(-1.9, 1.9, 25)
-    inner = np.stack([0.45 - 0.85 * np.cos(front), 0.78 * np.sin(front)], axis=1)
-    return np.concatenate([np.stack([np.cos(back), np.sin(back)], axis=1), inner])
+def outlines():
+    """The outline (points,2) of each shape, about the unit circle, y down."""
+    turn, tips, bite = np.linspace(0, 2 * np.pi, 33), np.arange(10), np.linspace(-1.9, 1.9, 25)
+    arms = np.array([0.995, 0.995, 0.453] * 4)  # of a cross: two corners at the end, one in the angle between
+    at = np.concatenate([n * np.pi / 2 + np.array([-0.32, 0.32, np.pi / 4]) for n in range(4)])
+    heart = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
+    outer = polar(1, np.linspace(0.74, 2 * np.pi - 0.74, 25))
+    return {
+        "circle": polar(0.9, turn), "square": polar(1.1, np.pi / 4 + np.arange(4) * np.pi / 2),
+        "triangle": polar(1.1, np.arange(3) * 2 * np.pi / 3 - np.pi / 2),
+        "star": polar(np.where(tips % 2, 0.42, 1.05), tips * np.pi / 5 - np.pi / 2), "cross": polar(arms, at),
+        "ring": np.concatenate([polar(1, turn), polar(0.55, -turn)]),
+        "heart": np.stack([np.sin(turn) ** 3, -heart / 16], axis=1),
+        "crescent": np.concatenate([outer, polar(0.8, bite) * (-1, 1) + (0.45, 0)]),
+    }
 
-OUTLINES = {shape: outline(shape) for shape in SHAPES}
+OUTLINES = outlines()
 
 def render(rng, objects):
-    """Draws objects (colour, shape, x, y, radius in pixels) on a random background with noise -> JPEG bytes."""
-    paints = np.array([COLOURS[colour] for colour, *_ in objects], dtype=np.float64)
+    """Draws objects (colour, shape, x, y, radius; pixels) on a random background with noise -> JPEG bytes."""
+    paints = np.array([COLOURS[colour] for colour, *_ in objects], dtype=np.float32)
     for _ in range(20):  # a background, shaded from one colour to another, in which no object drowns
-        ends = rng.uniform(0, 255, (2, 3))
-        tones = np.stack([ends[0], ends.mean(axis=0), ends[1]])
-        if np.abs(paints[:, None] - tones).sum(axis=2).min() > 150:
+        ends = rng.uniform(0, 255, (3, 3))
+        ends[1] = (ends[0] + ends[2]) / 2
+        if np.abs(paints[:, None] - ends).sum(axis=2).min() > 150:
             break
     angle, grid = rng.uniform(0, 2 * math.pi), np.linspace(-0.7, 0.7, SIDE)
     ramp = (0.5 + grid * math.cos(angle) + grid[:, None] * math.sin(angle)).clip(0, 1)[..., None]
-    pixels = ends[0] * ramp + ends[1] * (1 - ramp)
+    pixels = ends[0] * ramp + ends[2] * (1 - ramp)
     for paint, (_, shape, x, y, radius) in zip(paints, objects, strict=True):
-        points = turned(OUTLINES[shape], rng.uniform(-0.26, 0.26)) * radius + (x, y)
-        cover = Image.new("L", (3 * SIDE, 3 * SIDE))
+        turn = rng.uniform(-0.26, 0.26)
+        matrix = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
+        points = OUTLINES[shape] @ matrix * radius + (x, y)
+        cover = Image.new("L", (3 * SIDE, 3 * SIDE))  # drawn three times as fine, for smooth edges
         ImageDraw.Draw(cover).polygon((3 * points).ravel().tolist(), fill=255)
-        alpha = np.asarray(cover.reduce(3))[..., None] / 255  # drawn three times as fine: smooth edges
-        paint = paint * rng.uniform(0.88, 1.05) + rng.normal(0, 6, 3)
-        pixels = pixels * (1 - alpha) + paint * alpha
+        alpha = np.asarray(cover.reduce(3))[..., None] / 255
+        pixels = pixels * (1 - alpha) + (paint * rng.uniform(0.88, 1.05) + rng.normal(0, 6, 3)) * alpha
     pixels = pixels + rng.uniform(2, 10) * rng.standard_normal(pixels.shape, dtype=np.float32)
     out = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=92, subsampling=0)
     return out.getvalue()
 
-def one_object(rng, pair):
-    """An object anywhere in the picture."""
-    radius = rng.uniform(6, 11)
-    return (*pair, *rng.uniform(radius, SIDE - radius, 2), radius)
+def in_quarters(rng, quarters):
+    """An object of any kind in each of these quarters of the picture."""
+    radii, places = rng.uniform(4, 6.5, len(quarters)), [(q % 2 * SIDE / 2, q // 2 * SIDE / 2) for q in quarters]
+    return [(*CLASSES[rng.integers(len(CLASSES))], *(rng.uniform(r, SIDE / 2 - r, 2) + place), r)
+            for r, place in zip(radii, places, strict=True)]
 
-def two_objects(rng, first, second, relation):
+def related(rng, first, second, relation):
     """Two objects, the first in that relation to the second."""
     step = np.array(RELATIONS[relation])
-    aside = 8 * step + rng.uniform(-5, 5) * step[::-1]
-    centre, radii = rng.uniform(15, 17, 2), rng.uniform(5, 7.5, 2)
-    return [(*first, *(centre + aside), radii[0]), (*second, *(centre - aside), radii[1])]
+    aside, centre = 8 * step + rng.uniform(-5, 5) * step[::-1], rng.uniform(15, 17, 2)
+    return [(*first, *(centre + aside), rng.uniform(5, 7.5)), (*second, *(centre - aside), rng.uniform(5, 7.5))]
 
-def several_objects(rng, count):
-    """Objects of random kinds, each in its own quarter of the picture."""
-    items = []
-    for quarter in rng.permutation(4)[:count]:
-        radius = rng.uniform(4, 6)
-        x, y = rng.uniform(radius, SIDE / 2 - radius, 2) + (quarter % 2 * SIDE / 2, quarter // 2 * SIDE / 2)
-        items.append((*CLASSES[rng.integers(len(CLASSES))], x, y, radius))
-    return items
-
-def caption(rng, colour, shape, radius):
-    """One object in words, with attributes named or left out; place, background and turn never are."""
-    chance = rng.random()
-    words = [shape] if chance < 0.12 else [colour, "shape"] if chance < 0.24 else [colour, shape]
-    if rng.random() < 0.5 and not 7.7 < radius < 9.3:
-        sizes = ("big", "large") if radius > 9 else ("small", "little")
-        words.insert(0, sizes[rng.integers(2)])
-    phrase = PHRASES[rng.integers(len(PHRASES))]
-    words = " ".join(words)
-    return phrase.format(words if phrase.startswith("one") else articled(words))
+def alone(rng, pair):
+    """One object, anywhere."""
+    radius = rng.uniform(6, 11)
+    return [(*pair, *rng.uniform(radius, SIDE - radius, 2), radius)]
 
 def articled(words):
     """"a red star", "an orange ring"."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 def captioned_scene(rng, pairs):
-    """One sample for training: one object, or, a time in five, two in a relation -> JPEG bytes, caption."""
-    if rng.random() < 0.8:
-        item = one_object(rng, pairs[rng.integers(len(pairs))])
-        return render(rng, [item]), caption(rng, item[0], item[1], item[4])
-    first, second = (pairs[n] for n in rng.choice(len(pairs), 2, replace=False))
-    relation = list(RELATIONS)[rng.integers(4)]
-    text = f"{articled(' '.join(first))} {relation} {articled(' '.join(second))}"
-    return render(rng, two_objects(rng, first, second, relation)), text
+    """A sample for training: one object or, a time in five, two in a relation -> objects, caption. Colour, shape and
+    size are named or left out; place, background and turn are never named."""
+    if rng.random() < 0.2:
+        first, second = (pairs[n] for n in rng.choice(len(pairs), 2, replace=False))
+        relation = list(RELATIONS)[rng.integers(4)]
+        text = f"{articled(' '.join(first))} {relation} {articled(' '.join(second))}"
+        return related(rng, first, second, relation), text
+    objects = alone(rng, pairs[rng.integers(len(pairs))])
+    (colour, shape, _, _, radius), chance = objects[0], rng.random()
+    words = [shape] if chance < 0.12 else [colour, "shape"] if chance < 0.24 else [colour, shape]
+    if rng.random() < 0.5 and not 7.7 < radius < 9.3:
+        words.insert(0, (("small", "little"), ("big", "large"))[int(radius > 9)][rng.integers(2)])
+    phrase, words = PHRASES[rng.integers(len(PHRASES))], " ".join(words)
+    return objects, phrase.format(words if phrase.startswith("one") else articled(words))
 
-def labelled_scene(rng, kind, label):
-    """One sample of a labelled set -> JPEG bytes."""
-    pair = CLASSES[rng.integers(len(CLASSES))]
-    if kind == "objects":
-        return render(rng, [one_object(rng, CLASSES[label])])
-    if kind == "count":
-        return render(rng, several_objects(rng, label + 1))
-    if kind == "relation":  # the same two objects in every picture: only the relation tells the classes apart
-        return render(rng, two_objects(rng, ("red", "circle"), ("blue", "square"), list(RELATIONS)[label]))
-    radius = rng.uniform(5, 7)
-    x, y = rng.uniform(radius, SIDE / 2 - radius, 2) + (label % 2 * SIDE / 2, label // 2 * SIDE / 2)
-    return render(rng, [(*pair, x, y, radius)])
-
-SETS = {  # labelled sets: class names, templates
-    "objects": ([" ".join(pair) for pair in CLASSES], ["a {c}", "there is a {c}", "a picture of a {c}"]),
-    "count": ([f"{n} object{'s' * (n != 'one')}" for n in NUMBERS], ["{c}", "a picture of {c}"]),
-    "position": (["top left", "top right", "bottom left", "bottom right"], ["a shape in the {c}"]),
-    "relation": ([f"a red circle {relation} a blue square" for relation in RELATIONS], ["{c}"]),
-}
+def labelled_scene(rng, name, label):
+    """The objects of a sample of a labelled set."""
+    if name == "objects":
+        return alone(rng, CLASSES[label])
+    if name == "relation":  # the same two in every picture: only the relation tells the classes apart
+        return related(rng, ("red", "circle"), ("blue", "square"), list(RELATIONS)[label])
+    return in_quarters(rng, [label] if name == "position" else rng.permutation(4)[: label + 1])
 
 def unseen(seed):
     """Classes that captioned training never shows: each shape in one colour, no colour twice."""
@@ -672,69 +639,68 @@ def unseen(seed):
     return sorted(int(colour) * len(SHAPES) + shape for shape, colour in enumerate(colours))
 
 def draw_shard(job):
-    """Writes one shard of scenes; job: path, kind, first number, count, seed -> count."""
-    path, kind, first, count, seed = job
+    """Writes one shard of scenes; job: path, kind, numbers, seed -> how many."""
+    path, kind, numbers, seed = job
     hidden = unseen(seed)
     pairs = [pair for n, pair in enumerate(CLASSES) if n not in hidden]
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number in range(first, first + count):
-            rng = np.random.default_rng([seed, *kind.encode(), number])
-            if kind in ("train", "dev"):
-                image, text = captioned_scene(rng, pairs)
-                files = {"jpg": image, "txt": text.encode()}
+        for number in numbers:
+            rng, name = np.random.default_rng([seed, *kind.encode(), number]), kind.split("-")[0]
+            if name in SETS:
+                text = number % len(SETS[name][0])
+                objects = labelled_scene(rng, name, text)
             else:
-                name = kind.split("-")[0]
-                label = number % len(SETS[name][0])
-                files = {"jpg": labelled_scene(rng, name, label), "cls": str(label).encode()}
+                objects, text = captioned_scene(rng, pairs)
+            files = {"jpg": render(rng, objects), "cls" if name in SETS else "txt": str(text).encode()}
             for field, data in files.items():
                 info = tarfile.TarInfo(f"{kind}-{number:06d}.{field}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    return count
+    return len(numbers)
 
-def draw(folder, scenes=60_000, seed=0, workers=None):
-    """Draws the built-in data into a new folder: captioned shards train-*.tar and dev-00000.tar, labelled sets in
-    CLIP_benchmark's layout, and the classes never captioned in objects/unseen.txt. Deterministic in seed."""
+def draw(folder, scenes=40_000, seed=0, workers=None):
+    """Draws the built-in data into a new folder, the same for a seed: captioned shards train-*.tar and
+    dev-00000.tar, labelled sets in CLIP_benchmark's layout, and objects/unseen.txt, the classes never captioned."""
     folder = Path(folder)
     if folder.exists():
         raise DataError(f"{folder}: exists already; give a new folder")
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")  # renamed when it is whole
-    shard = -(-scenes // max(4, -(-scenes // 2500)))
-    jobs = [(part / f"train-{n:05d}.tar", "train", first, min(shard, scenes - first), seed)
-            for n, first in enumerate(range(0, scenes, shard))]
-    jobs.append((part / "dev-00000.tar", "dev", 0, min(1000, scenes // 4), seed))
+    size = min(2500, -(-scenes // 4))
+    jobs = [(part / f"train-{n // size:05d}.tar", "train", range(n, min(scenes, n + size)), seed)
+            for n in range(0, scenes, size)]
+    jobs.append((part / "dev-00000.tar", "dev", range(min(1000, scenes // 4)), seed))
     for name, (names, templates) in SETS.items():
-        for split, count in (("train", 4000), ("test", 2000)):
-            count = min(count if name == "objects" else count // 2, scenes // 4)
+        for split in ("train", "test"):
+            count = range(min(2000 if name == "objects" else 600, scenes // 4))
             (part / name / split).mkdir(parents=True, exist_ok=True)
             (part / name / split / "nshards.txt").write_text("1")
-            jobs.append((part / name / split / "0.tar", f"{name}-{split}", 0, count, seed))
+            jobs.append((part / name / split / "0.tar", f"{name}-{split}", count, seed))
         (part / name / "classnames.txt").write_text("\n".join(names))
         (part / name / "zeroshot_classification_templates.txt").write_text("\n".join(templates))
     (part / "objects" / "unseen.txt").write_text("\n".join(map(str, unseen(seed))))
-    with ProcessPoolExecutor(workers) as pool, tqdm(total=sum(job[3] for job in jobs), desc="drawing") as bar:
+    with ProcessPoolExecutor(workers) as pool, tqdm(total=sum(len(j[2]) for j in jobs), desc="drawing") as bar:
         for count in pool.map(draw_shard, jobs):
             bar.update(count)
     try:
         part.rename(folder)
-    except OSError:  # another process was faster; its scenes are the same
+    except OSError:  # another process was faster, with the same scenes
         shutil.rmtree(part)
 
 def builtin(scenes, seed):
-    """The folder of the built-in data in the cache, drawn where it is missing."""
+    """The folder of the built-in data in the cache; drawn where it is missing."""
     folder = cache_folder() / f"scenes-{scenes}-{seed}"
     if not folder.exists():
         draw(folder, scenes, seed)
     return folder
 
-# --- Command line ----------------------------------------------------------------------------------------
+# --- Command line -----------------------------------------------------------------------------------------
 def main(argv=None):
     """data.py draw FOLDER | data.py tokenizer SOURCE FILE; exit code 2, and one line, for bad input."""
     parser = argparse.ArgumentParser("data.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("draw", help="draw the built-in scenes into a new folder")
     command.add_argument("folder")
-    command.add_argument("--scenes", type=int, default=60_000)
+    command.add_argument("--scenes", type=int, default=40_000)
     command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("tokenizer", help="train a tokenizer on the captions of shards")
     command.add_argument("source")
@@ -746,9 +712,7 @@ def main(argv=None):
             draw(given.folder, given.scenes, given.seed)
         else:
             texts = (text for _, _, texts in captioned(given.source) for text in texts)
-            tokenizer = Tokenizer.train(texts, given.vocab_size)
-            Path(given.file).write_text(json.dumps(tokenizer.state()))
-            print(f"{given.file}: {tokenizer.vocab_size:,} tokens")
+            Path(given.file).write_text(json.dumps(Tokenizer.train(texts, given.vocab_size).state()))
     except KeyboardInterrupt:
         sys.exit(130)
     except (DataError, OSError) as error:

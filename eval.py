@@ -11,6 +11,7 @@ own pooling; rates lie in 0..1. Shapes: n images, m texts, D width, E embedding,
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -21,6 +22,7 @@ import sys
 import textwrap
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,11 +36,10 @@ import data
 import mae_clip
 
 KS = (1, 5, 10)  # of recall@k
-TASKS = ("zero_shot", "retrieval", "linear_probe", "knn", "reconstruction")
+TASKS = "zero_shot", "retrieval", "linear_probe", "knn", "reconstruction"
 BLOCK = 2**26  # entries of a score matrix held at once, so that memory does not grow with the test set
 
-# --- Pure functions of features, tensors or arrays ------------------------------------------------------
-# With `each` they give the hit of every test item in place of the rate.
+# --- Pure functions of features; with `each` they give every test item's hit in place of the rate --------
 
 def as_features(x, name):
     """Array or tensor (n,D) -> float32 or float64 tensor; ValueError where it is not finite."""
@@ -64,7 +65,6 @@ def blocks(rows, columns):
 
 def zero_shot(image_features, class_features, labels, each=False):
     """Classification by the nearest class feature, counted as CLIP_benchmark does, ties included.
-
     image_features (n,E) and class_features (C,E) of unit norm, labels (n,) -> {acc1, acc5 (NaN below five
     classes), mean_per_class_recall (over the classes that occur)}; ValueError for labels that don't fit."""
     x, c = as_features(image_features, "image features"), as_features(class_features, "class features")
@@ -73,7 +73,7 @@ def zero_shot(image_features, class_features, labels, each=False):
         raise ValueError("zero-shot: one class, so there is nothing to tell apart; needs at least 2")
     for rows in blocks(len(x), len(c)):
         logits, label = 100.0 * x[rows] @ c.T, y[rows]
-        # CLIP_benchmark takes accuracies from topk and recall from argmax, which may break ties differently.
+        # Accuracies from topk, recall from argmax, as in CLIP_benchmark: they may break ties differently.
         parts.append((logits.topk(k, dim=1).indices == label[:, None], logits.argmax(dim=1) == label))
     top, best = (torch.cat(part) for part in zip(*parts, strict=True))
     hits = {"acc1": top[:, 0], "acc5": top.any(dim=1) if k == 5 else None, "mean_per_class_recall": best}
@@ -87,57 +87,24 @@ def zero_shot(image_features, class_features, labels, each=False):
 def retrieval(image_features, text_features, image_of_text, each=False):
     """Recall@1, 5, 10 in CLIP_benchmark's meaning: image_retrieval, for each text, is its image among the
     first k; text_retrieval, for each image, is any of its texts among the first k.
-
     image_features (n,E), text_features (m,E), image_of_text (m,) -> {image_retrieval_recall@k, ...}."""
-    images = as_features(image_features, "image features")
-    texts = as_features(text_features, "text features")
+    images, texts = as_features(image_features, "images"), as_features(text_features, "texts")
     n, m, hits = len(images), len(texts), {}
     owner = as_labels(image_of_text, m, n, "image of text")
     if min(n, m) < max(KS):
         raise ValueError(f"retrieval: recall@{max(KS)} needs as many images and texts, found {n} and {m}")
-    for rows in blocks(m, n):
-        scores = texts[rows] @ images.T
+    for side, rows in [*(("image", b) for b in blocks(m, n)), *(("text", b) for b in blocks(n, m))]:
+        scores = texts[rows] @ images.T if side == "image" else (texts @ images[rows].T).T
         for k in KS:  # a topk for each k: ties at its edge fall as in CLIP_benchmark
-            hit = (scores.topk(k, dim=1).indices == owner[rows, None]).any(dim=1)
-            hits.setdefault(f"image_retrieval_recall@{k}", []).append(hit)
-    index = torch.arange(n, device=owner.device)
-    for rows in blocks(n, m):
-        scores = (texts @ images[rows].T).T
-        for k in KS:
-            hit = (owner[scores.topk(k, dim=1).indices] == index[rows, None]).any(dim=1)
-            hits.setdefault(f"text_retrieval_recall@{k}", []).append(hit)
+            top = scores.topk(k, dim=1).indices
+            hit = top == owner[rows, None] if side == "image" else owner[top] == torch.arange(n)[rows, None].to(top)
+            hits.setdefault(f"{side}_retrieval_recall@{k}", []).append(hit.any(dim=1))
     hits = {name: torch.cat(parts) for name, parts in hits.items()}
     return hits if each else {name: hit.float().mean().item() for name, hit in hits.items()}
 
-def minimise(objective, v, tolerance):
-    """L-BFGS with backtracking for a convex objective(v) -> (value, slope), in coordinates where a step of 1
-    is good, until five steps together gain less than `tolerance` of the value -> v."""
-    value, slope = objective(v)
-    values, pairs = [value], deque(maxlen=20)
-    while len(values) < 1000 and (len(values) < 6 or values[-1] < values[-6] * (1 - tolerance)):
-        step, weights = slope.clone(), []
-        for moved, turned, scale in reversed(pairs):
-            weights.append((moved * step).sum() * scale)
-            step -= weights[-1] * turned
-        if pairs:
-            step /= pairs[-1][2] * pairs[-1][1].square().sum()
-        for (moved, turned, scale), weight in zip(pairs, reversed(weights), strict=True):
-            step += (weight - (turned * step).sum() * scale) * moved
-        length, gain = 1.0, float((slope * step).sum())
-        while (new := objective(v - length * step))[0] > value - 1e-4 * length * gain:
-            length /= 2
-            if length < 1e-6:
-                return v  # no smaller value is left within rounding
-        moved, turned = -length * step, new[1] - slope
-        if (moved * turned).sum() > 0:
-            pairs.append((moved, turned, 1 / (moved * turned).sum()))
-        v, (value, slope) = v + moved, new
-        values.append(value)
-    return v
-
 def fit_linear(x, y, classes, l2, start=None, tolerance=5e-6):
-    """Multinomial logistic regression: minimises mean cross-entropy + l2/2 |W|^2, the intercept free.
-
+    """Multinomial logistic regression: minimises mean cross-entropy + l2/2 |W|^2, the intercept free, until
+    five steps of L-BFGS gain less than `tolerance` of the value.
     x (n,D), y (n,) -> weight (C,D), bias (C,); start: a pair to begin from; scikit-learn's C is 1 / (n l2).
     Nothing is standardised, but the solver works in coordinates where the Hessian at W = 0 (the features'
     covariance times 1/C - 1/C^2, plus l2) is the identity, which saves it hundreds of iterations."""
@@ -156,8 +123,7 @@ def fit_linear(x, y, classes, l2, start=None, tolerance=5e-6):
     if start is not None:
         bias = (start[1] + start[0] @ mean) / to_bias
         v = torch.cat([(start[0].double() @ lower).to(x.dtype), bias[:, None]], dim=1)
-
-    def objective(v):
+    def objective():
         weight, bias = v[:, :D] @ to_weight, v[:, D] * to_bias
         loss, slope, bias_slope = 0.0, torch.zeros_like(weight), torch.zeros_like(bias)
         for rows, label in zip(x.split(8192), y.split(8192), strict=True):
@@ -168,27 +134,33 @@ def fit_linear(x, y, classes, l2, start=None, tolerance=5e-6):
             bias_slope += p.sum(dim=0)
         value = loss / n + l2 / 2 * weight.double().square().sum()
         slope = (slope / n + l2 * weight) @ to_weight.T
-        return value.item(), torch.cat([slope, (bias_slope / n * to_bias)[:, None]], dim=1)
-
-    v = minimise(objective, v, tolerance)
+        v.grad = torch.cat([slope, (bias_slope / n * to_bias)[:, None]], dim=1)
+        values.append(value.item())
+        return value
+    values, last = [], math.inf
+    solver = torch.optim.LBFGS([v], history_size=20, tolerance_grad=0, tolerance_change=0,
+                               line_search_fn="strong_wolfe")
+    objective()
+    solver.param_groups[0].update(lr=max(1.0, v.grad.abs().sum().item()), max_iter=1)  # begins with 1
+    while min(values) < last * (1 - tolerance):
+        last = min(values)
+        solver.step(objective)
+        solver.param_groups[0].update(lr=1.0, max_iter=5)
     weight = v[:, :D] @ to_weight
     return weight, v[:, D] * to_bias - weight @ mean
 
 def check_split(train_x, train_y, test_x, test_y):
     """Two labelled sets of features -> their four tensors and the number of classes, or ValueError."""
-    train_x, test_x = as_features(train_x, "train features"), as_features(test_x, "test features")
-    train_y = as_labels(train_y, len(train_x), 2**31, "train labels")
-    classes = int(train_y.max()) + 1
-    if len(train_y.unique()) < 2 or train_x.shape[1] != test_x.shape[1]:
-        raise ValueError(f"train: needs two classes or more and test's width of features, {test_x.shape[1]}; "
-                         f"found {len(train_y.unique())} and {train_x.shape[1]}")
-    return train_x, train_y, test_x, as_labels(test_y, len(test_x), classes, "test labels"), classes
+    x, test_x = as_features(train_x, "train features"), as_features(test_x, "test features")
+    y = as_labels(train_y, len(x), 2**31, "train labels")
+    if y.min() == y.max() or x.shape[1] != test_x.shape[1]:
+        raise ValueError(f"probe: needs 2 classes and one width, found {x.shape[1]} and {test_x.shape[1]}")
+    return x, y, test_x, as_labels(test_y, len(test_x), int(y.max()) + 1, "test labels"), int(y.max()) + 1
 
 def linear_probe(train_x, train_y, test_x, test_y, seed=0, each=False):
     """Logistic regression on frozen features. Its l2 is chosen on a held-out fifth of train (at most 10,000
     images), to a decade with 20,000 images to fit on, then to half of one with all others; then all of train
     is refitted, each fit started from the one before.
-
     x (n,D), y (n,) -> {acc1, l2, held_out_acc1}; ValueError for labels that don't fit."""
     x, y, test_x, test_y, classes = check_split(train_x, train_y, test_x, test_y)
     if len(x) < 5:
@@ -196,7 +168,6 @@ def linear_probe(train_x, train_y, test_x, test_y, seed=0, each=False):
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x))).to(x.device)
     size = min(len(x) // 5, 10_000)
     held, rest = order[:size], order[size:]
-
     def sweep(part, values, fit, patience):
         """Ends when `patience` values in a row are no better than the best -> (accuracy, l2, fit)."""
         best, worse = (-1.0, None, None), 0
@@ -207,7 +178,6 @@ def linear_probe(train_x, train_y, test_x, test_y, seed=0, each=False):
             if worse == patience:
                 break
         return best
-
     variance = max(x.var(dim=0).sum().item(), 1e-12)  # the grid follows the scale of x
     _, l2, fit = sweep(rest[:20_000], [variance * 10.0**-k for k in range(1, 10)], None, patience=2)
     accuracy, l2, fit = sweep(rest, [l2 * 10**0.5, l2, l2 / 10**0.5], fit, patience=1)
@@ -217,7 +187,6 @@ def linear_probe(train_x, train_y, test_x, test_y, seed=0, each=False):
 
 def knn(train_x, train_y, test_x, test_y, k=20, temperature=0.07, each=False):
     """Vote of the k training images of largest cosine, weighted by exp(cosine / temperature) (as in DINO).
-
     x (n,D), y (n,) -> {acc1}; ValueError for labels that don't fit and for fewer training images than k."""
     x, y, test_x, test_y, classes = check_split(train_x, train_y, test_x, test_y)
     if not 1 <= k <= len(x):
@@ -228,8 +197,7 @@ def knn(train_x, train_y, test_x, test_y, k=20, temperature=0.07, each=False):
         vote = ((cosine - cosine[:, :1]) / temperature).exp()  # less the nearest's, so that none overflows
         votes = vote.new_zeros(len(vote), classes).scatter_add_(1, y[index], vote)
         hits.append(votes.argmax(dim=1) == test_y[rows])
-    hits = torch.cat(hits)
-    return hits if each else {"acc1": hits.double().mean().item()}
+    return torch.cat(hits) if each else {"acc1": torch.cat(hits).double().mean().item()}
 
 # --- Data sets and features -----------------------------------------------------------------------------
 class EvalSet(NamedTuple):
@@ -264,7 +232,7 @@ def open_sets(source, structured=False):
         return [*(labelled_set(folder / name) for name in names), EvalSet("scenes", f"{folder}/dev-*.tar")]
     if (folder / "classnames.txt").exists():
         return [labelled_set(folder)]
-    if not folder.is_dir():
+    if not folder.is_dir() and data.expand(source):  # which raises where there is no such shard
         return [EvalSet("/".join(folder.parts[-2:]), source)]
     count = folder / "test" / "nshards.txt"
     if not count.exists():
@@ -275,7 +243,6 @@ def open_sets(source, structured=False):
 def image_batches(dataset, split, size, limit=None, batch=256):
     """Decodes in threads, ahead of the model but by a bounded number of batches
     -> iterator of (uint8 (B,3,S,S), B labels or lists of captions); ValueError naming a bad sample."""
-
     def decode(part):
         images = []
         for key, content, target in part:
@@ -286,7 +253,6 @@ def image_batches(dataset, split, size, limit=None, batch=256):
             except Exception as error:  # whatever a damaged image raises: a test set is never made smaller
                 raise ValueError(f"{dataset.source}: {key} does not decode ({error})") from error
         return torch.stack(images), [target for _, _, target in part]
-
     source = data.labelled(dataset.source, split) if dataset.classes else data.captioned(dataset.source)
     samples = tqdm(itertools.islice(source, limit), f"{dataset.name} {split}", leave=False, disable=None)
     ahead, workers = deque(), os.cpu_count() or 1
@@ -316,14 +282,11 @@ def class_features(model, tokenizer, classes, templates):
 
 @torch.no_grad()
 def features(model, tokenizer, dataset, split="test", checkpoint=None):
-    """What the tasks need of a split, from one pass over it, on the CPU: {pooled (n,D), for probes; embedded
-    (n,E), to compare with texts; labels (n,), or texts (m,E) and image_of_text (m,)}. With the path of the
-    model's checkpoint they are kept in a cache."""
+    """One pass over a split -> {pooled (n,D), for probes; embedded (n,E), for matching texts; labels (n,), or
+    texts (m,E) and image_of_text (m,)} on the CPU; kept in a cache, if the model's checkpoint is named."""
     path = checkpoint and cache_file(model, dataset, split, checkpoint)
-    try:
+    with suppress(Exception):  # no file, or a damaged one, which is written anew
         return torch.load(path, weights_only=True)
-    except Exception:  # no file, or a damaged one, which is written anew
-        pass
     pooled, embedded, targets, device = [], [], [], next(model.parameters()).device
     for images, target in image_batches(dataset, split, model.config.image_size):
         tokens = model.image_encoder(images.to(device))
@@ -338,24 +301,18 @@ def features(model, tokenizer, dataset, split="test", checkpoint=None):
     elif hasattr(model, "text_encoder"):
         found["texts"] = encode_texts(model, tokenizer, list(itertools.chain(*targets)))
         found["image_of_text"] = torch.tensor([i for i, texts in enumerate(targets) for _ in texts])
-    if path:
-        part = path.with_name(f"{path.name}.{os.getpid()}")
-        try:  # whole or not at all; a cache that cannot be written is no error
+    with suppress(OSError, RuntimeError):  # a cache that cannot be written is no error
+        if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(found, part)
-            part.replace(path)
-        except (OSError, RuntimeError):
-            part.unlink(missing_ok=True)
+            torch.save(found, path.with_suffix(f".{os.getpid()}"))
+            path.with_suffix(f".{os.getpid()}").replace(path)  # whole or not at all
     return found
 
 def cache_file(model, dataset, split, checkpoint):
     """Where features lie: named by the content of all they come from: checkpoint, files of the split and
     this program, whose transform it is. None for data that are not in files."""
-    if dataset.classes:
-        files = sorted(path for path in (Path(dataset.source) / split).rglob("*") if path.is_file())
-    else:
-        files = data.expand(dataset.source)
-    setting = (split, dataset.classes, next(model.parameters()).device.type, torch.__version__)
+    files = sorted(Path(dataset.source, split).iterdir()) if dataset.classes else data.expand(dataset.source)
+    setting = split, dataset.classes, next(model.parameters()).device.type, torch.__version__
     key = hashlib.blake2b(repr(setting).encode(), digest_size=16)
     for path in map(Path, [checkpoint, data.__file__, mae_clip.__file__, __file__, *files]):
         if not path.is_file():
@@ -368,51 +325,54 @@ def cache_file(model, dataset, split, checkpoint):
     return root / "mae_clip" / "features" / f"{key.hexdigest()}.pt"
 
 # --- Scores of a model on a set -------------------------------------------------------------------------
+@functools.lru_cache(maxsize=1)
+def resamples(n, count=1000):
+    """(count,n): how often each of n images is in each bootstrap resample, the same for every score."""
+    random = np.random.default_rng(0)
+    return np.stack([np.bincount(random.integers(0, n, n), minlength=n).astype("f4") for _ in range(count)])
+
 class Score:
     """A rate or loss: the weighted mean of a value for each test image, so that images can be resampled."""
     def __init__(self, values, chance, weights=None):
-        self.values, self.chance = np.asarray(values, dtype=np.float64), float(chance)
-        self.weights = np.ones(len(self.values)) if weights is None else np.asarray(weights, dtype=np.float64)
-
-    def mean(self, counts=1):
-        """The score, or that of a resample which holds each image as often as counts (n,) says."""
-        weights = self.weights * counts
-        return float((self.values * weights).sum() / weights.sum()) if weights.any() else math.nan
-
-    def interval(self, other=None, resamples=1000):
+        self.values, self.chance = np.asarray(values, dtype="f4"), float(chance)
+        self.weights = np.ones_like(self.values) if weights is None else np.asarray(weights, dtype="f4")
+    def mean(self):
+        """The score itself, NaN where no image counts."""
+        weights = self.weights.astype("f8")
+        return float(weights @ self.values / weights.sum()) if weights.any() else math.nan
+    def interval(self, other=None):
         """95 % bootstrap interval over images, of the score or its lead over another on the same images."""
-        n, random, drawn = len(self.values), np.random.default_rng(0), []
-        for _ in range(resamples):
-            counts = np.bincount(random.integers(0, n, n), minlength=n)
-            drawn.append(self.mean(counts) - (other.mean(counts) if other else 0))
-        return tuple(np.nanpercentile(drawn, [2.5, 97.5]).tolist())
+        counts, lead = resamples(len(self.values)), 0.0
+        for score, sign in [(self, 1), (other, -1)][: 2 if other else 1]:
+            lead = lead + sign * (counts @ (score.values * score.weights)) / (counts @ score.weights)
+        return tuple(np.nanpercentile(lead, [2.5, 97.5]).tolist())
 
 def score_zero_shot(model, tokenizer, dataset, test):
     """-> {acc1, acc5, mean_per_class_recall; seen, unseen: acc1 by whether training held the class}."""
-    C, y = len(dataset.classes), test["labels"]
+    chance, y = 1 / len(dataset.classes), test["labels"]
     classes = class_features(model, tokenizer, dataset.classes, dataset.templates)
     hits = zero_shot(test["embedded"], classes, y, each=True)
-    hits, weights = {name: hits[name] for name in hits if hits[name] is not None}, {}
-    weights["mean_per_class_recall"] = 1 / torch.bincount(y)[y]
+    scores = {"acc1": Score(hits["acc1"], chance)}
+    if hits["acc5"] is not None:
+        scores["acc5"] = Score(hits["acc5"], 5 * chance)
+    scores["mean_per_class_recall"] = Score(hits["mean_per_class_recall"], chance, 1 / torch.bincount(y)[y])
     if dataset.unseen:
-        hits |= {"seen": hits["acc1"], "unseen": hits["acc1"]}
-        weights["unseen"] = torch.isin(y, torch.tensor(dataset.unseen))
-        weights["seen"] = ~weights["unseen"]
-    chance = {name: (5 if name == "acc5" else 1) / C for name in hits}
-    return {name: Score(hit, chance[name], weights.get(name)) for name, hit in hits.items()}
+        unseen = torch.isin(y, torch.tensor(dataset.unseen))
+        scores["seen"] = Score(hits["acc1"], chance, ~unseen)
+        scores["unseen"] = Score(hits["acc1"], chance, unseen)
+    return scores
 
 def score_retrieval(test):
     """-> {image_retrieval_recall@k, text_retrieval_recall@k}; an image's texts are resampled with it."""
-    owner, n = test["image_of_text"], len(test["pooled"])
-    own, m, scores = torch.bincount(owner, minlength=n).numpy(), len(owner), {}
+    owner, scores = test["image_of_text"], {}
+    own = torch.bincount(owner).numpy()
     for name, hit in retrieval(test["embedded"], test["texts"], owner, each=True).items():
         k = int(name.split("@")[1])
         if name.startswith("image"):
-            found = torch.bincount(owner, weights=hit.double(), minlength=n).numpy()
-            scores[name] = Score(found / own, k / n, own)
-        else:  # chance that not all of k texts, drawn without replacement, are another image's
-            miss = np.prod([(m - own - j).clip(0) / (m - j) for j in range(k)], axis=0)
-            scores[name] = Score(hit, 1 - miss.mean())
+            hit = torch.bincount(owner, weights=hit.double()).numpy() / own
+            scores[name] = Score(hit, k / len(own), own)
+        else:  # chance: not all of k texts are another image's
+            scores[name] = Score(hit, 1 - np.mean((1 - own / len(owner)) ** k))
     return scores
 
 @torch.no_grad()
@@ -432,8 +392,8 @@ def reconstructions(model, tokenizer, dataset, limit):
         yield images, tokens, {name: value.cpu() for name, value in out.items()}
 
 def score_reconstruction(model, tokenizer, dataset, limit=1000):
-    """-> {image_loss, beside the loss of predicting zero; text_accuracy of removed tokens, beside that of
-    always guessing the most frequent one}, where the model is trained for it."""
+    """-> {image_loss (chance: predicting zero), text_accuracy of removed tokens (chance: always the most
+    frequent one)}, where the model is trained for it."""
     error, zero, right, removed, truth, c = [], [], [], [], [], model.config
     for images, tokens, out in reconstructions(model, tokenizer, dataset, limit):
         patches = mae_clip.patchify(mae_clip.normalise(images), c.patch_size)
@@ -451,7 +411,7 @@ def score_reconstruction(model, tokenizer, dataset, limit=1000):
         scores["text_accuracy"] = Score(right / removed.clamp(min=1), often, removed)
     return scores
 
-def measure(model, tokenizer, dataset, tasks, checkpoint=None, k=20):
+def measure(model, tokenizer, dataset, tasks, checkpoint=None):
     """-> {task: {measure: Score}} for those of `tasks` that apply to the model and the set."""
     text, labelled, found = hasattr(model, "text_encoder"), bool(dataset.classes), {}
     probe = labelled and Path(dataset.source, "train").is_dir() and {"linear_probe", "knn"} & set(tasks)
@@ -468,29 +428,26 @@ def measure(model, tokenizer, dataset, tasks, checkpoint=None, k=20):
         if "linear_probe" in tasks:
             found["linear_probe"] = {"acc1": Score(linear_probe(*split, each=True), 1 / len(dataset.classes))}
         if "knn" in tasks:
-            found["knn"] = {"acc1": Score(knn(*split, k=k, each=True), 1 / len(dataset.classes))}
-    if "reconstruction" in tasks and hasattr(model, "decoder"):
+            found["knn"] = {"acc1": Score(knn(*split, each=True), 1 / len(dataset.classes))}
+    if hasattr(model, "decoder") and "reconstruction" in tasks and not (labelled and len(tasks) > 1):
         found["reconstruction"] = score_reconstruction(model, tokenizer, dataset)
     return {task: scores for task, scores in found.items() if scores}
 
 def evaluate(model, tokenizer, eval_data, out=None, quick=False):
     """What a training run reports on SETs joined by commas: zero-shot, retrieval and, unless `quick`, linear
     probe and reconstruction, with out/reconstructions.png. Model's mode and global random state stay.
-
     -> {task: {measure: value or None, "chance": {measure: value}, "n": test images}}; from a task's second
     set on, the set's name follows the task's."""
     tasks = TASKS[:2] if quick else [task for task in TASKS if task != "knn"]
     results, training = {}, model.training
     model.eval()
     for dataset in [dataset for source in eval_data.split(",") for dataset in open_sets(source)]:
-        wanted = [task for task in tasks if task != "reconstruction" or not dataset.classes]
-        for task, scores in measure(model, tokenizer, dataset, wanted).items():
+        for task, scores in measure(model, tokenizer, dataset, tasks).items():
             means = {name: score.mean() for name, score in scores.items()}
-            results[f"{task} {dataset.name}" if task in results else task] = {
-                **{name: value if math.isfinite(value) else None for name, value in means.items()},
-                "chance": {name: score.chance for name, score in scores.items()},
-                "n": max(len(score.values) for score in scores.values()),
-            }
+            entry = {name: None if math.isnan(mean) else mean for name, mean in means.items()}
+            entry["chance"] = {name: score.chance for name, score in scores.items()}
+            entry["n"] = max(len(score.values) for score in scores.values())
+            results[f"{task} {dataset.name}" if task in results else task] = entry
             if out and task == "reconstruction":
                 draw_reconstructions(model, tokenizer, dataset, Path(out) / "reconstructions.png")
     model.train(training)
@@ -498,18 +455,14 @@ def evaluate(model, tokenizer, eval_data, out=None, quick=False):
 
 def show(value, name):
     """A rate in per cent, a loss as it is."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{value:.3f}" if "loss" in name else f"{100 * value:.1f} %"
+    return "-" if value is None else f"{value:.3f}" if "loss" in name else f"{100 * value:.1f} %"
 
 def format_results(results):
     """What evaluate returns, as a table for the terminal."""
     rows = [["task", "images", "measure", "value", "chance"]]
     for task, values in results.items():
-        head = [task, f"{values['n']:,}"]
         for name, chance in values["chance"].items():
-            rows.append([*head, name, show(values[name], name), show(chance, name)])
-            head = ["", ""]
+            rows.append([task, f"{values['n']:,}", name, show(values[name], name), show(chance, name)])
     return format_table(rows)
 
 def format_table(rows, markdown=False):
@@ -521,19 +474,19 @@ def format_table(rows, markdown=False):
     rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
-def suite(checkpoints, datasets, tasks, style="text", device="cpu", k=20):
+def suite(checkpoints, datasets, tasks, style="text", device="cpu"):
     """Every task that applies, on every set, with 95 % intervals and chance; of two checkpoints the
     difference too, image by image -> text, markdown or json. ValueError where the one task asked for does not
     apply."""
-    names, found = [Path(path).parent.name for path in checkpoints], {}
-    names = names if len(set(names)) == len(names) and all(names) else checkpoints
+    names, found = [Path(path).parent.name for path in checkpoints], {}  # of the runs' folders
+    names = names if len(set(names) - {""}) == len(names) else checkpoints
     for name, path in zip(names, checkpoints, strict=True):
         model, tokenizer, config = mae_clip.load(path, device)
         for dataset in datasets:
-            results = measure(model, tokenizer, dataset, tasks, path, k)
+            results = measure(model, tokenizer, dataset, tasks, path)
             if not results and len(tasks) == 1:
-                raise ValueError(f"{path}: {tasks[0]} does not apply to {config.method}, {dataset.name}: "
-                                 "it needs a text tower with labels or captions, a train folder, or a decoder")
+                raise ValueError(f"{path}: {tasks[0]} does not apply to {config.method} on {dataset.name}: "
+                                 "it needs a text tower (zero_shot, retrieval), a train folder or a decoder")
             if "zero_shot" in results:
                 print(f"prompts of {dataset.name}: {'; '.join(dataset.templates)}", file=sys.stderr)
             for task, scores in results.items():
@@ -549,8 +502,7 @@ def suite(checkpoints, datasets, tasks, style="text", device="cpu", k=20):
         shown = {name: [show(x, key[2]) for x in value] for name, value in values.items()}
         rows.append([*key, f"{len(first.values):,}", show(first.chance, key[2])])
         rows[-1] += ["{} [{}, {}]".format(*shown[name]) if name in shown else "-" for name in rows[0][5:]]
-        entries.append(dict(zip(rows[0][:3], key, strict=True), images=len(first.values), chance=first.chance,
-                            values=values))
+        entries.append(dict(zip(rows[0][:3], key, strict=True), chance=first.chance, values=values))
     return json.dumps(entries, indent=1) if style == "json" else format_table(rows, style == "markdown")
 
 # --- Pictures -------------------------------------------------------------------------------------------
@@ -561,7 +513,7 @@ def draw_reconstructions(model, tokenizer, dataset, path, count=8):
     patches = mae_clip.patchify(mae_clip.normalise(images), c.patch_size)
     hidden, rebuilt = out["image_mask"][..., None], out["image"]
     note = "[ ]: words predicted. Visible patches are the original's."
-    if c.norm_pix:  # the decoder predicts each patch less its mean, over its deviation
+    if c.norm_pix:  # each patch is predicted less its mean, over its deviation
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         rebuilt = rebuilt * (variance + 1e-6).sqrt() + mean
         note += "\nRemoved patches are shown with their own true mean and contrast, which are not predicted."
@@ -582,14 +534,14 @@ def draw_reconstructions(model, tokenizer, dataset, path, count=8):
         if i < 2:
             title = ("original", "masked", "reconstruction")[column]
             draw.text((x + side // 2, 20), title, "black", ImageFont.load_default(16), anchor="mm")
-        panel = Image.fromarray(panels[column][i])
-        sheet.paste(panel.resize((side, side), Image.Resampling.NEAREST), (x, y))
+        panel = Image.fromarray(panels[column][i]).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(panel, (x, y))
         draw.text((x, y + side + 4), words[i][column], "black", font, spacing=3)
     draw.text((14, sheet.height - 44), note, "dimgrey", font)
     sheet.save(path)
 
 def caption_columns(tokenizer, tokens, guess, removed):
-    """A caption as it is, with gaps for removed words, and with those predicted in brackets -> three strings."""
+    """A caption as it is, with gaps for removed words, the predicted ones in brackets -> three strings."""
     columns = ["", "", ""]
     for token, new, gone in zip(tokens.tolist(), guess.tolist(), removed.tolist(), strict=True):
         if token > 2:  # not PAD, SOT or EOT
@@ -601,17 +553,19 @@ def caption_columns(tokenizer, tokens, guess, removed):
 
 # --- Command line ---------------------------------------------------------------------------------------
 @torch.no_grad()
-def classify_photo(checkpoint, photo, labels, device):
-    """Probabilities of the labels for one photo -> table."""
+def classify_photo(paths, labels, device):
+    """Paths of a checkpoint and a photo, labels joined by commas -> table of their probabilities."""
     classes = [label.strip() for label in labels.split(",") if label.strip()]
-    if len(classes) < 2:
-        raise ValueError(f"--labels '{labels}': needs at least two labels, such as \"a dog,a cat\"")
-    model, tokenizer, config = mae_clip.load(checkpoint, device)
-    image = torch.as_tensor(data.preprocess(data.decode(Path(photo).read_bytes()), config.image_size))
-    image_feature = model.encode_image(image[None].to(device)).cpu()
-    logits = model.logit_scale.exp().cpu() * image_feature @ class_features(model, tokenizer, classes, ["{c}"]).T
-    chances = sorted(zip(logits.softmax(dim=1)[0].tolist(), classes, strict=True), reverse=True)
-    return format_table([["label", "probability"], *([name, f"{100 * p:.1f} %"] for p, name in chances)])
+    if len(classes) < 2 or len(paths) != 2:
+        raise ValueError("--labels: takes two labels or more, and goes with zero-shot CHECKPOINT PHOTO")
+    model, tokenizer, config = mae_clip.load(paths[0], device)
+    if not hasattr(model, "text_encoder"):
+        raise ValueError(f"{paths[0]}: method {config.method} has no text tower, which zero-shot needs")
+    image = torch.as_tensor(data.preprocess(data.decode(Path(paths[1]).read_bytes()), config.image_size))
+    classifier = class_features(model, tokenizer, classes, ["{c}"])
+    logits = model.logit_scale.exp().cpu() * model.encode_image(image[None].to(device)).cpu() @ classifier.T
+    ranked = sorted(zip(logits.softmax(dim=1)[0].tolist(), classes, strict=True), reverse=True)
+    return format_table([["label", "probability"], *([name, show(p, "")] for p, name in ranked)])
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="eval.py", description="Scores checkpoints of mae_clip.py.")
@@ -622,21 +576,18 @@ def main(argv=None):
     parser.add_argument("--labels", help="for one photo: what it may show, joined by commas")
     parser.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="of the table")
     parser.add_argument("--out", default="reconstructions.png", help="picture that reconstruct writes")
-    parser.add_argument("--k", type=int, default=20, help="neighbours of k-NN")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
-        if args.labels is not None:
-            if args.command != "zero-shot" or len(args.checkpoints) != 2:
-                raise ValueError("--labels: goes with zero-shot CHECKPOINT PHOTO")
-            print(classify_photo(*args.checkpoints, args.labels, args.device))
+        if args.labels is not None and args.command == "zero-shot":
+            print(classify_photo(args.checkpoints, args.labels, args.device))
             return 0
         whole, name = args.command == "suite", args.command.replace("-", "_")
         tasks = [task for task in TASKS if whole or task.startswith(name)]
         datasets = [dataset for source in args.data for dataset in open_sets(source, whole)]
         if not datasets:
             raise ValueError("--data: name at least one set")
-        print(suite(args.checkpoints, datasets, tasks, args.format, args.device, args.k))
+        print(suite(args.checkpoints, datasets, tasks, args.format, args.device))
         if args.command == "reconstruct":
             model, tokenizer, _ = mae_clip.load(args.checkpoints[0], args.device)
             draw_reconstructions(model, tokenizer, datasets[0], args.out)

@@ -77,7 +77,7 @@ class Config:
     data: str = flag("", "shards: paths, globs, {000..123}, joined by ::; empty: the built-in scenes")
     eval_data: str = flag("", "sets to evaluate on, joined by commas: captioned shards or labelled folders")
     tokenizer: str = flag("", "vocabulary file to share between runs; empty: trained on the captions")
-    scenes: int = flag(60_000, "built-in data: training images", low=100)
+    scenes: int = flag(40_000, "built-in data: training images", low=100)
     data_seed: int = flag(0, "built-in data: seed, which also fixes the pairs never trained on", low=0)
     workers: int = flag(-1, "processes that decode; -1: none on a CPU, 8 for a GPU", low=-1)
     crop: float = flag(1.0, "least area of a random resized crop; 1: centre crop", low=0.01, high=1)

@@ -1,0 +1,744 @@
+"""The specification of MAE-CLIP: each test's name is one sentence, its oracle a plain loop or a hand-worked number."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import mae_clip
+from mae_clip import MAECLIP, METHODS, SCALES, Config, random_mask, random_text_mask
+
+HERE = Path(__file__).parent
+PAD, SOT, EOT = 0, 1, 2
+
+
+def tiny(method="mae_clip", seed=0, **changes):
+    """A model of scale tiny with 300 tokens, from a seed."""
+    torch.manual_seed(seed)
+    return MAECLIP(Config(**(SCALES["tiny"] | {"method": method, "vocab_size": 300} | changes)))
+
+
+def captions(*lengths, context=16, seed=0):
+    """Token ids (B,T) of random captions of so many words."""
+    rng = torch.Generator().manual_seed(seed)
+    rows = []
+    for length in lengths:
+        words = torch.randint(3, 300, (length,), generator=rng).tolist()
+        rows.append([SOT, *words, EOT] + [PAD] * (context - length - 2))
+    return torch.tensor(rows)
+
+
+def example(B=6, seed=0):
+    """Images uint8, tokens, the noise of both masks and two views, as the training loop passes them."""
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (B, 3, 32, 32), generator=rng, dtype=torch.uint8)
+    views = [torch.randint(0, 256, (B, 3, 32, 32), generator=rng, dtype=torch.uint8) for _ in range(2)]
+    tokens = captions(*[(3 * i) % 15 for i in range(B)])
+    return images, tokens, torch.rand(B, 16, generator=rng), torch.rand(B, 16, generator=rng), views
+
+
+# --- Patches, positions, masks -----------------------------------------------------------------------------
+
+
+def test_patchify_lists_patches_row_by_row_and_in_each_rows_columns_channels():
+    image = torch.arange(3 * 4 * 6).reshape(1, 3, 4, 6)  # 2 x 3 patches of side 2
+    patches = mae_clip.patchify(image, 2)
+    assert patches.shape == (1, 6, 12)
+    # The patch in row 1, column 2 starts at pixel (2, 4), which is 2 * 6 + 4 = 16 in each channel's 24 pixels.
+    assert patches[0, 5].tolist() == [16, 40, 64, 17, 41, 65, 22, 46, 70, 23, 47, 71]
+    for n in range(6):
+        want = [image[0, c, n // 3 * 2 + y, n % 3 * 2 + x].item() for y in range(2) for x in range(2) for c in range(3)]
+        assert patches[0, n].tolist() == want
+    assert torch.equal(mae_clip.unpatchify(patches, 2, 4, 6), image)
+
+
+def test_sincos_positions_follow_the_formula_with_columns_in_the_first_half():
+    width, rows, cols = 16, 3, 5
+    table = mae_clip.sincos_2d(width, rows, cols)
+    for r in range(rows):
+        for c in range(cols):
+            want = []
+            for position in (c, r):
+                angles = [position / 10000 ** (k / 4) for k in range(4)]
+                want += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            assert torch.allclose(table[r * cols + c], torch.tensor(want), atol=1e-6)
+
+
+@pytest.mark.parametrize("count, ratio, keeps", [
+    (196, 0.75, 49), (100, 0.9, 10), (10, 0.9, 1), (20, 0.9, 2), (100, 0.8, 20), (16, 0, 16), (16, 1, 1), (2, 0.75, 1)])
+def test_random_mask_keeps_the_rounded_number_of_patches(count, ratio, keeps):
+    keep, mask = random_mask(torch.rand(3, count), ratio)
+    assert keep.shape == (3, keeps)
+    assert mask.dtype == torch.bool and mask.sum(dim=1).tolist() == [count - keeps] * 3
+
+
+def test_random_mask_keeps_the_smallest_noise_of_each_sample_and_true_means_removed():
+    noise = torch.tensor([[0.9, 0.1, 0.5, 0.3], [0.2, 0.8, 0.7, 0.4]])
+    keep, mask = random_mask(noise, 0.5)
+    assert [sorted(row) for row in keep.tolist()] == [[1, 3], [0, 3]]
+    assert mask.tolist() == [[True, False, True, False], [False, True, True, False]]
+
+
+def test_random_mask_removes_every_position_equally_often_and_independently_of_the_sample():
+    _, mask = random_mask(torch.rand(4000, 16, generator=torch.Generator().manual_seed(0)), 0.75)
+    assert (mask.float().mean(dim=0) - 0.75).abs().max() < 0.03  # 4.4 standard deviations
+    assert len({tuple(row) for row in mask[:100].tolist()}) > 90
+
+
+@pytest.mark.parametrize("ratio", [0, 0.15, 0.5, 0.75, 0.9, 1])
+def test_random_text_mask_agrees_with_a_loop_for_captions_of_every_length(ratio):
+    T = 16
+    tokens = captions(*range(T - 1))
+    noise = torch.rand(T - 1, T, generator=torch.Generator().manual_seed(1))
+    keep, mask = random_text_mask(noise, tokens, ratio)
+    assert keep.shape == (T - 1, 2 + int((T - 2) * (1 - ratio) + 0.5))
+    for length in range(T - 1):
+        words = sorted(range(1, length + 1), key=lambda t, row=noise[length]: row[t].item())
+        stay = words[: int(length * (1 - ratio) + 0.5)]
+        assert mask[length].nonzero().flatten().tolist() == sorted(set(words) - set(stay))
+        slots = keep[length].tolist()
+        assert len(set(slots)) == len(slots)
+        assert set(slots[: 2 + len(stay)]) == {0, length + 1, *stay}
+        assert all(slot > length + 1 for slot in slots[2 + len(stay) :])  # the rest is padding
+
+
+def test_what_follows_eot_is_padding_whatever_ids_stand_there():
+    tokens = captions(4, 9)
+    other = tokens.clone()
+    other[0, 6:] = 77
+    noise = torch.rand(2, 16)
+    for a, b in zip(random_text_mask(noise, tokens, 0.5), random_text_mask(noise, other, 0.5), strict=True):
+        assert torch.equal(a, b)
+
+
+# --- Losses ------------------------------------------------------------------------------------------------
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
+
+
+def test_contrastive_loss_agrees_with_a_loop_over_both_directions():
+    image, text, scale, B = unit(5, 7, seed=1), unit(5, 7, seed=2), 11.0, 5
+    total = 0.0
+    for i in range(B):
+        row = [math.exp(scale * sum(image[i] * text[j])) for j in range(B)]
+        column = [math.exp(scale * sum(image[j] * text[i])) for j in range(B)]
+        total -= math.log(row[i] / sum(row)) + math.log(column[i] / sum(column))
+    loss = mae_clip.contrastive_loss(image, text, torch.tensor(scale, dtype=torch.float64))
+    assert loss.item() == pytest.approx(total / (2 * B), abs=1e-12)
+
+
+def test_contrastive_loss_of_two_orthogonal_pairs_is_ln_of_1_plus_1_over_e():
+    eye = torch.eye(2)
+    assert mae_clip.contrastive_loss(eye, eye, 1.0).item() == pytest.approx(math.log(1 + math.exp(-1)))
+    assert mae_clip.contrastive_loss(eye, eye.flip(0), 1.0).item() == pytest.approx(math.log(1 + math.e))
+
+
+def test_image_loss_agrees_with_a_loop_over_removed_patches_and_the_unbiased_variance():
+    rng = torch.Generator().manual_seed(0)
+    prediction, patches = (torch.randn(2, 3, 12, generator=rng, dtype=torch.float64) for _ in range(2))
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    total = 0.0
+    for b, n in mask.nonzero().tolist():
+        target = patches[b, n]
+        mean = sum(target) / 12
+        variance = sum((x - mean) ** 2 for x in target) / 11
+        total += sum((p - (x - mean) / math.sqrt(variance + 1e-6)) ** 2 for p, x in zip(prediction[b, n], target, strict=True)) / 12
+    assert mae_clip.image_loss(prediction, patches, mask).item() == pytest.approx((total / 3).item(), rel=1e-12)
+    plain = sum(((prediction[b, n] - patches[b, n]) ** 2).mean() for b, n in mask.nonzero().tolist()) / 3
+    assert mae_clip.image_loss(prediction, patches, mask, normalise=False).item() == pytest.approx(plain.item())
+
+
+def test_image_loss_of_predicting_zero_is_just_under_one_and_a_flat_patch_stays_finite():
+    patches = torch.randn(4, 9, 768, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(4, 9, dtype=torch.bool)
+    assert mae_clip.image_loss(torch.zeros_like(patches), patches, mask).item() == pytest.approx(767 / 768, abs=1e-4)
+    flat = torch.full((1, 1, 768), 0.9337, dtype=torch.bfloat16)
+    assert mae_clip.image_loss(torch.zeros(1, 1, 768), flat, torch.tensor([[True]])).item() < 1e-4
+
+
+def test_text_loss_agrees_with_a_loop_over_removed_tokens_and_asks_only_the_mask():
+    logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tokens = torch.tensor([[1, 5, 0, 2], [1, 7, 2, 0]])
+    mask = torch.tensor([[False, True, True, False], [False, True, False, False]])
+    total = 0.0
+    for b, t in mask.nonzero().tolist():
+        total -= logits[b, t, tokens[b, t]] - math.log(sum(math.exp(x) for x in logits[b, t]))
+    assert mae_clip.text_loss(logits, tokens, mask).item() == pytest.approx((total / 3).item(), rel=1e-12)
+
+
+def test_what_is_visible_carries_no_loss():
+    rng = torch.Generator().manual_seed(0)
+    mask = torch.rand(3, 8, generator=rng) < 0.5
+    prediction, patches = torch.randn(3, 8, 12, generator=rng, requires_grad=True), torch.randn(3, 8, 12, generator=rng)
+    mae_clip.image_loss(prediction, patches, mask).backward()
+    assert torch.equal(prediction.grad.abs().sum(dim=-1) > 0, mask)
+    logits = torch.randn(3, 8, 20, generator=rng, requires_grad=True)
+    mae_clip.text_loss(logits, torch.randint(0, 20, (3, 8), generator=rng), mask).backward()
+    assert torch.equal(logits.grad.abs().sum(dim=-1) > 0, mask)
+
+
+def test_both_reconstruction_losses_are_zero_with_zero_gradient_where_nothing_is_removed():
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    for loss, x in ((mae_clip.image_loss, torch.randn(2, 3, 12)), (mae_clip.text_loss, torch.zeros(2, 3).long())):
+        guess = torch.randn(2, 3, 12, requires_grad=True)
+        value = loss(guess, x, nothing)
+        value.backward()
+        assert value.item() == 0 and not guess.grad.any()
+
+
+def test_simclr_loss_agrees_with_a_loop_over_all_views():
+    a, b, temperature = 3 * unit(4, 6, seed=1), 2 * unit(4, 6, seed=2), 0.1
+    views = [v / v.norm() for v in [*a, *b]]
+    total = 0.0
+    for i in range(8):
+        others = {j: math.exp(torch.dot(views[i], views[j]) / temperature) for j in range(8) if j != i}
+        total -= math.log(others[(i + 4) % 8] / sum(others.values()))
+    assert mae_clip.simclr_loss(a, b, temperature).item() == pytest.approx(total / 8, rel=1e-10)
+
+
+# --- Encoders and decoder ----------------------------------------------------------------------------------
+
+
+def test_a_removed_patch_or_token_cannot_influence_what_any_encoder_gives():
+    images, tokens, image_noise, text_noise, _ = example()
+    for method in ("mae", "m3ae", "mae_clip"):
+        model = tiny(method)
+        image, text = model.masked_pass(images, tokens, image_noise, text_noise)
+        hidden = mae_clip.unpatchify(image.mask[..., None].expand(-1, -1, 192), 8, 32, 32)
+        other = torch.where(hidden, 255 - images, images)
+        masked = torch.where(text.mask, 99, tokens) if text else tokens
+        assert (other != images).any() and (text is None or (masked != tokens).any())
+        image2, text2 = model.masked_pass(other, masked, image_noise, text_noise)
+        assert torch.equal(image.encoded, image2.encoded)
+        assert torch.equal(image.predicted, image2.predicted)
+        if text:
+            assert torch.equal(text.encoded, text2.encoded)
+            assert torch.equal(text.predicted, text2.predicted)
+        seen, _ = model.masked_pass(torch.where(hidden, images, 255 - images), tokens, image_noise, text_noise)
+        assert not torch.allclose(image.encoded, seen.encoded)  # what is visible does
+
+
+def test_padding_changes_nothing():
+    images, tokens, image_noise, text_noise, _ = example()
+    other = torch.where(torch.arange(16) > mae_clip.caption_end(tokens), 55, tokens)
+    assert not torch.equal(tokens, other)
+    model = tiny()
+    assert torch.equal(model.encode_text(tokens), model.encode_text(other))
+    shorter = captions(3, 5, context=9)
+    longer = F.pad(shorter, (0, 7))
+    assert torch.allclose(model.encode_text(shorter), model.encode_text(longer), atol=1e-6)
+    for method in ("m3ae", "mae_clip"):
+        model = tiny(method)
+        a = model(images, tokens, image_noise, text_noise)
+        b = model(images, other, image_noise, text_noise)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_block_with_a_query_gives_those_rows_of_the_whole():
+    torch.manual_seed(0)
+    block, x = mae_clip.Block(32, 4), torch.randn(2, 7, 32)
+    valid = torch.arange(7) < torch.tensor([[7], [4]])
+    assert torch.allclose(block(x, valid)[:, 2:4], block(x, valid, x[:, 2:4]), atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", ["gap", "max", "cls"])
+def test_the_image_feature_is_pooled_as_asked_and_the_text_feature_is_eots(pool):
+    images, tokens, *_ = example()
+    model = tiny("clip", pool=pool)
+    x = model.image_encoder(images)
+    by_hand = {"gap": x[:, 1:].sum(dim=1) / 16, "max": x[:, 1:].max(dim=1).values, "cls": x[:, 0]}[pool]
+    want = F.normalize(by_hand @ model.image_proj.weight.T, dim=-1)
+    assert torch.allclose(model.encode_image(images), want, atol=1e-6)
+    y = model.text_encoder(tokens)
+    eot = torch.stack([y[i, tokens[i].tolist().index(EOT)] for i in range(len(y))])
+    assert torch.allclose(model.encode_text(tokens), F.normalize(eot @ model.text_proj.weight.T, dim=-1), atol=1e-6)
+
+
+def test_the_text_tower_looks_both_ways():
+    model, tokens = tiny("clip"), captions(8)
+    other = tokens.clone()
+    other[0, 8] = 3 if tokens[0, 8] != 3 else 4
+    assert not torch.allclose(model.text_encoder(tokens)[0, 1], model.text_encoder(other)[0, 1])
+
+
+def test_uint8_images_are_normalised_inside_and_float_images_are_not():
+    images = example()[0]
+    mean, std = torch.tensor(mae_clip.IMAGE_MEAN), torch.tensor(mae_clip.IMAGE_STD)
+    by_hand = ((images.permute(0, 2, 3, 1) / 255 - mean) / std).permute(0, 3, 1, 2)
+    model = tiny("clip")
+    assert torch.allclose(model.image_encoder(images), model.image_encoder(by_hand), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["mae", "m3ae", "mae_clip"])
+def test_reconstruct_shows_the_truth_where_visible_and_elsewhere_what_the_losses_saw(method):
+    images, tokens, image_noise, text_noise, _ = example()
+    model = tiny(method).eval()
+    terms = model(images, tokens, image_noise, text_noise)
+    out = model.reconstruct(images, tokens, image_noise, text_noise)
+    patches = mae_clip.patchify(mae_clip.normalise(images), 8)
+    truth = mae_clip.patch_targets(patches)
+    assert torch.equal(out["image_mask"], random_mask(image_noise, 0.75)[1])
+    assert torch.equal(out["image"][~out["image_mask"]], truth[~out["image_mask"]])
+    assert torch.allclose(mae_clip.image_loss(out["image"], patches, out["image_mask"]), terms["image"], atol=1e-5)
+    assert torch.equal(out["text"][~out["text_mask"]], tokens[~out["text_mask"]])
+    assert out["text_mask"].any() == (method != "mae")
+
+
+def test_a_method_says_so_when_it_has_no_text_tower_or_no_decoder():
+    images, tokens, *_ = example()
+    for method in METHODS:
+        model = tiny(method)
+        if method in ("mae", "m3ae"):
+            with pytest.raises(ValueError, match="no text tower"):
+                model.encode_text(tokens)
+            assert model.encode_image(images).shape == (6, 64)
+        if method in ("clip", "slip"):
+            with pytest.raises(ValueError, match="no decoder"):
+                model.reconstruct(images, tokens)
+
+
+# --- The methods -------------------------------------------------------------------------------------------
+
+ENCODER = {"image_encoder"}
+CONTRAST = ENCODER | {"text_encoder", "image_proj", "text_proj", "logit_scale"}
+
+
+@pytest.mark.parametrize("method, changes, parts", [
+    ("clip", {}, CONTRAST),
+    ("mae", {}, ENCODER | {"decoder"}),
+    ("m3ae", {}, ENCODER | {"text_embed", "decoder"}),
+    ("mae_clip", {}, CONTRAST | {"decoder"}),
+    ("slip", {}, CONTRAST | {"simclr_head"}),
+    ("mae_clip", {"image_weight": 0.0, "text_weight": 0.0}, CONTRAST),
+    ("mae_clip", {"contrastive_weight": 0.0}, ENCODER | {"text_encoder", "decoder"}),
+    ("slip", {"contrastive_weight": 0.0}, ENCODER | {"simclr_head"}),
+    ("slip", {"simclr_weight": 0.0}, CONTRAST),
+])
+def test_each_method_gives_gradient_to_exactly_the_parts_that_it_trains(method, changes, parts):
+    model = tiny(method, **changes)
+    model(*example())["loss"].backward()
+    for name, parameter in model.named_parameters():
+        trained = name.split(".")[0] in parts
+        assert parameter.requires_grad == trained, name
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == trained, name
+
+
+@pytest.mark.parametrize("off, frozen", [("image_weight", "decoder.image"), ("text_weight", "decoder.text")])
+def test_one_reconstruction_alone_leaves_the_other_modality_out(off, frozen):
+    model = tiny(**{off: 0.0})
+    terms = model(*example())
+    assert off.removesuffix("_weight") not in terms
+    terms["loss"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != name.startswith(frozen), name
+
+
+def test_the_loss_is_the_weighted_sum_of_the_unweighted_terms():
+    for method, names in METHODS.items():
+        weights = {"contrastive": 0.7, "image": 0.3, "text": 0.2, "simclr": 0.5}
+        terms = tiny(method, **{name + "_weight": w for name, w in weights.items()})(*example())
+        assert tuple(terms) == (*names, "loss")
+        assert terms["loss"].item() == pytest.approx(sum(weights[name] * terms[name].item() for name in names), rel=1e-5)
+        assert all(term.ndim == 0 for term in terms.values())
+
+
+def test_mae_clip_without_reconstruction_follows_clip_bit_for_bit():
+    followed = []
+    for method, changes in (("clip", {}), ("mae_clip", {"image_weight": 0.0, "text_weight": 0.0}), ("slip", {"simclr_weight": 0.0})):
+        model = tiny(method, **changes)
+        optimizer = mae_clip.make_optimizer(model, model.config)
+        losses = []
+        for step in range(4):
+            row, _ = mae_clip.train_step(model, optimizer, torch.autocast("cpu", enabled=False), example(seed=step))
+            losses.append(row)
+        followed.append((losses, model.state_dict()))
+    for losses, weights in followed[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(losses, followed[0][0], strict=True))
+        assert all(torch.equal(weights[name], x) for name, x in followed[0][1].items())
+
+
+def test_methods_start_from_the_same_weights_in_what_they_share():
+    base = tiny("mae_clip").state_dict()
+    for method in METHODS:
+        for name, x in tiny(method).state_dict().items():
+            if name in base and base[name].shape == x.shape:
+                assert torch.equal(base[name], x), (method, name)
+    assert not torch.equal(tiny("mae", seed=1).image_encoder.cls_token, tiny("mae").image_encoder.cls_token)
+
+
+def test_equal_ratios_share_one_masked_image_pass_which_gives_what_two_would():
+    batch = example()
+    shared, calls = tiny(contrastive_mask_ratio=0.75), []
+    shared.image_encoder.register_forward_hook(lambda module, args, out: calls.append(out.shape[1]))
+    terms = shared(*batch)
+    assert calls == [5]  # CLS and a quarter of 16 patches
+    alone = tiny("clip", contrastive_mask_ratio=0.75)(*batch)
+    assert torch.equal(terms["contrastive"], alone["contrastive"])
+    assert torch.equal(terms["image"], tiny()(*batch)["image"])
+
+
+def test_a_masked_contrastive_pass_does_not_see_what_is_removed():
+    images, tokens, noise, text_noise, _ = example()
+    model = tiny("clip", contrastive_mask_ratio=0.5)
+    hidden = mae_clip.unpatchify(random_mask(noise, 0.5)[1][..., None].expand(-1, -1, 192), 8, 32, 32)
+    a = model(images, tokens, noise, text_noise)
+    b = model(torch.where(hidden, 255 - images, images), tokens, noise, text_noise)
+    assert torch.equal(a["loss"], b["loss"])
+
+
+def test_captions_without_a_word_left_give_a_zero_text_term_with_zero_gradient():
+    images, _, image_noise, text_noise, _ = example()
+    for method in ("m3ae", "mae_clip"):
+        model = tiny(method)
+        terms = model(images, captions(*[0] * 6), image_noise, text_noise)
+        assert terms["text"].item() == 0
+        terms["text"].backward(retain_graph=True)
+        assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+        terms["loss"].backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_overfits_32_pairs(method):
+    weights = {"image_weight": 1.0, "text_weight": 1.0}
+    model = tiny(method, lr=3e-3, steps=250, warmup=5, mask_ratio=0.5, text_mask_ratio=0.5, weight_decay=0.0, **weights)
+    optimizer = mae_clip.make_optimizer(model, model.config)
+    torch.manual_seed(1)
+    images = torch.randint(0, 256, (32, 3, 4, 4), dtype=torch.uint8).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    batch = (images, captions(*[5] * 32), torch.rand(32, 16), torch.rand(32, 16), (images, images.flip(3)))
+    before = model(*batch)
+    for step in range(250):
+        for group in optimizer.param_groups:
+            group["lr"] = mae_clip.learning_rate(step, model.config)
+        mae_clip.train_step(model, optimizer, torch.autocast("cpu", enabled=False), batch)
+    after = model(*batch)
+    for name in METHODS[method]:
+        assert after[name] < 0.35 * before[name], (name, before[name].item(), after[name].item())
+
+
+def test_training_and_evaluation_mode_give_the_same_losses():
+    for method in METHODS:
+        model = tiny(method)
+        a, b = model.train()(*example()), model.eval()(*example())
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_compiles_as_one_graph_that_no_mask_or_caption_makes_anew(method):
+    torch._dynamo.reset()
+    net = torch.compile(tiny(method), backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(4):
+            images, _, *rest = example(seed=seed)
+            net(images, captions(*[seed] * 6, seed=seed), *rest)["loss"].backward()
+
+
+def test_base_and_large_have_the_sizes_of_vit_b_16_and_vit_l_16_and_work_follows_the_visible_tokens():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        sizes = [mae_clip.ImageEncoder(Config(**SCALES[scale])) for scale in ("base", "large")]
+    assert [sum(x.numel() for x in s.state_dict().values()) for s in sizes] == [85_798_656, 303_301_632]
+    batch = torch.zeros(1, 3, 224, 224), captions(75, context=77), torch.rand(1, 196), torch.rand(1, 77)
+    flops = {}
+    for name, method, ratio in (("clip", "clip", 0), ("two", "mae_clip", 0), ("one", "mae_clip", 0.75), ("mae", "mae", 0)):
+        model = MAECLIP(Config(**SCALES["base"], method=method, contrastive_mask_ratio=ratio))
+        with FlopCounterMode(display=False) as counter:
+            model(*batch)
+        flops[name] = counter.get_total_flops()
+    assert flops["two"] <= 1.70 * flops["clip"]
+    assert flops["one"] <= 0.85 * flops["clip"]
+    assert flops["mae"] <= 0.48 * flops["clip"]
+
+
+# --- Across ranks ------------------------------------------------------------------------------------------
+
+
+def one_rank(rank, world, port, folder):
+    """Losses and averaged gradients of one gloo rank's share of a batch, as DDP would average them."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    result = {}
+    for method in ("m3ae", "mae_clip", "slip"):
+        model = torch.nn.parallel.DistributedDataParallel(tiny(method))
+        images, tokens, image_noise, text_noise, views = example(8)
+        mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
+        batch = images[mine], tokens[mine], image_noise[mine], text_noise[mine], [v[mine] for v in views]
+        terms = model(*batch)
+        terms["loss"].backward()
+        gradients = {n: p.grad for n, p in model.module.named_parameters() if p.grad is not None}
+        with torch.no_grad():
+            if rank == 0:
+                model.module(*batch)  # one rank evaluates alone: no collective may wait for the other
+        result[method] = ({name: term.detach() for name, term in terms.items()}, gradients)
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_gloo_ranks_give_the_losses_and_gradients_of_one_process(tmp_path):
+    port = 20_000 + os.getpid() % 20_000
+    torch.multiprocessing.spawn(one_rank, (2, port, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for method in ("m3ae", "mae_clip", "slip"):
+        model = tiny(method)
+        terms = model(*example(8))
+        terms["loss"].backward()
+        for rank in ranks:
+            for name, term in rank[method][0].items():
+                assert term.item() == pytest.approx(terms[name].item(), rel=1e-6), (method, name)
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    error = (rank[method][1][name] - parameter.grad).norm() / (parameter.grad.norm() + 1e-6)
+                    assert error < 1e-5, (method, name, error)
+
+
+# --- Optimiser, schedule, checkpoints ----------------------------------------------------------------------
+
+
+def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine():
+    config = Config(lr=0.8, warmup=4, steps=12)
+    rates = [mae_clip.learning_rate(step, config) for step in range(13)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4:] == pytest.approx([0.4 * (1 + math.cos(math.pi * k / 8)) for k in range(9)])
+
+
+def test_only_matrices_decay():
+    model = tiny()
+    decays, not_ = mae_clip.make_optimizer(model, model.config).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decays["weight_decay"] == 0.1 and not_["weight_decay"] == 0
+    assert {names[id(p)].split(".")[-1] for p in decays["params"]} == {"weight"}
+    assert all(p.ndim > 1 for p in decays["params"])
+    free = {names[id(p)] for p in not_["params"]}
+    assert {"logit_scale", "image_encoder.cls_token", "text_encoder.embed.position", "image_encoder.norm.weight"} <= free
+    assert len(decays["params"]) + len(not_["params"]) == len(names)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_told():
+    model = tiny("clip")
+    optimizer = mae_clip.make_optimizer(model, model.config)
+    off = torch.autocast("cpu", enabled=False)
+    row, finite = mae_clip.train_step(model, optimizer, off, example())
+    assert finite and row[-1] == 1
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    images, *rest = example()
+    row, finite = mae_clip.train_step(model, optimizer, off, (images / 0.0, *rest))
+    assert not finite and not row.any()
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+
+
+# --- Bad values --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"method": "dino"}, "--method dino"), ({"mask_ratio": 1.5}, "--mask-ratio 1.5"), ({"text_mask_ratio": -0.1}, "--text-mask-ratio"),
+    ({"patch_size": 7}, "--patch-size 7"), ({"width": 98}, "--width 98"), ({"heads": 5}, "--width 96"), ({"steps": 0}, "--steps 0"),
+    ({"batch_size": 1}, "--batch-size 1"), ({"lr": -1.0}, "--lr"), ({"method": "mae", "image_weight": 0.0}, "--method mae"),
+    ({"lr": math.nan}, "--lr nan"), ({"pool": "sum"}, "--pool sum"), ({"decoder_width": 6}, "--decoder-width 6"), ({"crop": 0.0}, "--crop 0")])
+def test_a_value_that_does_not_fit_is_named(changes, says):
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}[^\n]*$"):
+        Config(**changes)
+
+
+# --- Parity, where the peer is installed --------------------------------------------------------------------
+
+
+def test_contrastive_loss_equals_transformers_clip_loss():
+    clip = pytest.importorskip("transformers.models.clip.modeling_clip")
+    image, text = unit(6, 8, seed=1), unit(6, 8, seed=2)
+    theirs = clip.image_text_contrastive_loss(14.3 * text @ image.T)
+    assert mae_clip.contrastive_loss(image, text, 14.3).item() == pytest.approx(theirs.item(), abs=1e-10)
+
+
+def from_transformers(blocks, layers):
+    """Copies the layers of transformers' ViT into our blocks."""
+    for block, layer in zip(blocks, layers, strict=True):
+        qkv = [getattr(layer.attention, name) for name in ("q_proj", "k_proj", "v_proj")]
+        for kind in ("weight", "bias"):
+            getattr(block.attn.qkv, kind).data = torch.cat([getattr(part, kind) for part in qkv])
+        block.attn.proj.load_state_dict(layer.attention.o_proj.state_dict())
+        block.mlp.load_state_dict(layer.mlp.state_dict())
+        block.norm1.load_state_dict(layer.layernorm_before.state_dict())
+        block.norm2.load_state_dict(layer.layernorm_after.state_dict())
+
+
+def test_the_encoder_equals_transformers_vit_and_the_losses_its_mae():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 256, "layer_norm_eps": 1e-6}
+    peer = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(
+        **sizes, decoder_hidden_size=32, decoder_num_hidden_layers=2, decoder_num_attention_heads=1,
+        decoder_intermediate_size=128, norm_pix_loss=True, mask_ratio=0.75)).eval()
+    model = tiny("mae", decoder_depth=2).eval()
+    encoder, decoder = peer.vit, peer.decoder
+    ours = model.image_encoder
+    ours.patch_embed.proj.load_state_dict(encoder.embeddings.patch_embeddings.projection.state_dict())
+    ours.cls_token.data = encoder.embeddings.cls_token.data
+    from_transformers(ours.blocks, encoder.layers)
+    ours.norm.load_state_dict(encoder.layernorm.state_dict())
+    model.decoder.image_embed.load_state_dict(decoder.decoder_embed.state_dict())
+    model.decoder.image_mask_token.data = decoder.mask_token.data
+    from_transformers(model.decoder.blocks, decoder.decoder_layers)
+    model.decoder.norm.load_state_dict(decoder.decoder_norm.state_dict())
+    model.decoder.image_head.load_state_dict(decoder.decoder_pred.state_dict())
+    encoder.embeddings.position_embeddings.data = ours.pos_embed
+    decoder.decoder_pos_embed.data = F.pad(model.decoder.image_position, (0, 0, 1, 0))
+    images, tokens, noise, *_ = example()
+    images = mae_clip.normalise(images)
+    with torch.no_grad():
+        theirs = peer(images, noise=noise)
+        assert model(images, tokens, noise)["loss"].item() / 0.1 == pytest.approx(theirs.loss.item(), rel=1e-5)
+        keep = random_mask(noise, 0.75)[0]
+        hidden = encoder(images, noise=noise).last_hidden_state
+        assert torch.allclose(ours(images, keep), hidden, atol=1e-5)
+        vit = transformers.ViTModel(transformers.ViTConfig(**sizes), add_pooling_layer=False).eval()
+        ours.patch_embed.proj.load_state_dict(vit.embeddings.patch_embeddings.projection.state_dict())
+        ours.cls_token.data, ours.pos_embed = vit.embeddings.cls_token.data, vit.embeddings.position_embeddings.data
+        from_transformers(ours.blocks, vit.layers)
+        ours.norm.load_state_dict(vit.layernorm.state_dict())
+        assert torch.allclose(ours(images), vit(images).last_hidden_state, atol=1e-5)
+
+
+# --- The commands, as a user types them --------------------------------------------------------------------
+
+
+def run(*arguments, code=0):
+    """What mae_clip.py prints when it is called with these arguments, in this process; checks its exit code."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+        mae_clip.main([str(argument) for argument in arguments])
+    assert (end.value.code or 0) == code, out.getvalue() + err.getvalue()
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache folder of the tests' own, so that they find nothing that they did not make."""
+    before, os.environ["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME"), str(tmp_path_factory.mktemp("cache"))
+    yield Path(os.environ["XDG_CACHE_HOME"])
+    os.environ.pop("XDG_CACHE_HOME")
+    if before:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+TINY = ("--scale", "tiny", "--batch-size", 32, "--scenes", 400)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_command_trains_evaluates_and_reports_each_method(method, tmp_path):
+    out = run(*TINY, "--method", method, "--steps", 12, "--out", tmp_path / "run").stdout
+    assert "parameters" in out and "expected" in out
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [10, 12]
+    assert set(METHODS[method]) | {"loss", "lr", "grad_norm", "pairs_per_second", "waiting"} <= set(records[0])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["steps"] == 12 and results["config"]["method"] == method
+    assert ("zero_shot" in results) == (method in ("clip", "mae_clip", "slip"))
+    assert (tmp_path / "run" / "reconstructions.png").exists() == (method in ("mae", "m3ae", "mae_clip"))
+    model, tokenizer, config = mae_clip.load(tmp_path / "run" / "checkpoint-12.pt")
+    assert not model.training and config.method == method
+    assert (tokenizer is None) == (method == "mae")
+    assert not any("module." in name or "_orig_mod" in name for name in model.state_dict())
+
+
+def test_a_resumed_run_equals_one_in_a_single_piece_bit_for_bit_in_the_middle_of_an_epoch_too(tmp_path):
+    for method in ("mae_clip", "slip"):
+        steps = (*TINY, "--method", method, "--steps", 6, "--log-every", 2)  # 12 steps an epoch
+        whole, parts = tmp_path / f"{method}-whole", tmp_path / f"{method}-parts"
+        run(*steps, "--out", whole)
+        said = run(*steps, "--out", parts, "--stop-after", 3).stdout
+        assert "--resume" in said
+        assert [path.name for path in parts.glob("*.pt")] == ["checkpoint-3.pt"]
+        run(*steps, "--out", parts, "--resume")
+        a, b = (torch.load(folder / "checkpoint-6.pt", weights_only=True) for folder in (whole, parts))
+        assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+        for n, state in a["optimizer"]["state"].items():
+            assert all(torch.equal(state[key], b["optimizer"]["state"][n][key]) for key in state)
+        results = [json.loads((folder / "results.json").read_text()) for folder in (whole, parts)]
+        assert results[0]["zero_shot"] == results[1]["zero_shot"]
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_ends_with_130(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, HERE / "mae_clip.py", *map(str, TINY), "--steps", "5000", "--log-every", "1", "--out", out]
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = subprocess.Popen([*command, "--resume"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") > 2):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(number)
+        said, _ = process.communicate()
+        assert process.returncode == code and "--resume" in said
+        assert list(out.glob("checkpoint-*.pt"))
+        (out / "log.jsonl").unlink()
+
+
+def one_line(done):
+    """The single line on stderr that says what was wrong, without a traceback."""
+    lines = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def test_nothing_is_overwritten_and_another_run_is_not_resumed(tmp_path):
+    steps = (*TINY, "--steps", 6, "--out", tmp_path / "run")
+    run(*steps, "--stop-after", 4, "--save-every", 2)
+    assert "--resume" in one_line(run(*steps, code=2))
+    assert "--lr 0.003" in one_line(run(*steps, "--lr", 0.01, "--resume", code=2))
+    assert "--steps 6" in one_line(run(*TINY, "--steps", 8, "--out", tmp_path / "run", "--resume", code=2))
+    assert "--data" in one_line(run(*steps, "--resume", "--data-seed", 5, code=2))
+    newest = tmp_path / "run" / "checkpoint-4.pt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    done = run(*steps, "--resume")  # falls back to step 2, and says so
+    assert "checkpoint-4.pt" in done.stderr
+    assert "complete" in one_line(run(*steps, "--resume", code=2))
+    for path in (tmp_path / "run").glob("*.pt"):
+        path.write_bytes(b"damaged")
+    (tmp_path / "run" / "results.json").unlink()
+    assert "none of its checkpoints" in one_line(run(*steps, "--resume", code=2))
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (("--colour", "red"), "--colour"), (("--steps", "many"), "--steps"), (("--mask-ratio", "2"), "--mask-ratio"),
+    (("--method", "dino"), "--method"), (("--patch-size", "7"), "--patch-size"), (("--data", "nowhere-*.tar"), "nowhere-*.tar"),
+    (("--device", "cuda:7"), "--device"), (("--out", "/proc/no/run"), "/proc/no"), (("--batch-size", "500"), "400 usable samples"),
+    (("--scale", "huge"), "--scale"), (("--tokenizer", "none.json"), "none.json")])
+def test_bad_input_gets_one_line_that_names_it_and_exit_code_2(arguments, says, tmp_path):
+    out = () if "--out" in arguments else ("--out", tmp_path / "run")
+    assert says in one_line(run(*TINY, *out, *arguments, code=2))
+
+
+def test_training_across_two_processes_equals_one(tmp_path):
+    steps = (*TINY, "--steps", 4, "--log-every", 2, "--precision", "fp32")
+    run(*steps, "--out", tmp_path / "one")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           HERE / "mae_clip.py", *map(str, steps), "--out", tmp_path / "two"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = ([json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        for name in ("contrastive", "image", "text", "loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4)
+
+
+def test_every_flag_is_in_the_readmes_table_and_the_other_way_round():
+    readme = (HERE / "README.md").read_text()
+    table = set(re.findall(r"^\| `--([a-z-]+)` \|", readme, flags=re.MULTILINE))
+    assert table == {field.name.replace("_", "-") for field in dataclasses.fields(Config)}
+    said = run("--help").stdout
+    assert all("--" + field.name.replace("_", "-") in said for field in dataclasses.fields(Config))
