@@ -1,13 +1,17 @@
 """Image-caption shards in, exact batches out: reading, tokenizer, loader, augmentation and built-in scenes.
 
 Shards are webdataset tars as img2dataset writes them: KEY.jpg, jpeg, png or webp with KEY.txt (one caption a
-line) or KEY.json (field `caption`). The file runs when copied out alone.
+line) or KEY.json (field `caption`). A source names shards by paths, globs and {000..123}, joined by `::`;
+`pipe:COMMAND` is what a command sends. The file runs when copied out alone.
 
-    python data.py draw FOLDER                                    draws the built-in scenes
-    python data.py tokenizer 'pairs-{000..123}.tar' vocab.json    trains a tokenizer to share between runs
+    python data.py pack captions.csv shards                    makes shards of what you have
+    python data.py inspect 'shards/*.tar'                      says what is in them, and what is wrong
+    python data.py tokenizer 'shards/*.tar' vocab.json         trains a tokenizer to share between runs
+    python data.py draw scenes                                 draws the built-in scenes
 """
 
 import argparse
+import csv
 import glob
 import hashlib
 import io
@@ -15,32 +19,60 @@ import json
 import math
 import os
 import re
+import select
 import shutil
+import signal
+import subprocess
 import sys
 import tarfile
-from collections import Counter, defaultdict
+import time
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from heapq import heapify, heappop, heappush
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+WANTED = (*IMAGE_FIELDS, "txt", "json", "__key__", "__bad__")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # whatever a suffix says; no other of Pillow's decoders is run
 MAX_PIXELS = 89_478_485  # an image of more is refused by its header, as a decompression bomb (Pillow's limit)
+PIPE_SECONDS = 60  # a command that sends nothing for so long has failed
+WINDOW = 1000  # samples of a stream among which a worker shuffles
 PAD, SOT, EOT = 0, 1, 2
 
 class DataError(ValueError):
     """What the user gave does not work; the message is one line that says what, and what to do."""
 
+class Damaged(DataError):
+    """A sample, or the rest of a tar, cannot be used and is skipped and counted; the message is the cause."""
+
 def cache_folder():
     """$XDG_CACHE_HOME/mae_clip, else ~/.cache/mae_clip."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mae_clip"
+
+def in_parallel(function, jobs, label, workers=None):
+    """Yields function(job) of each job, in order, from worker processes, with a progress bar."""
+    with ProcessPoolExecutor(min(len(jobs), workers or os.cpu_count()), initializer=be_quiet) as pool:
+        try:
+            yield from tqdm(pool.map(function, jobs), label, len(jobs), disable=None)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+def be_quiet(worker=0):
+    """Of a worker process: Ctrl-C is the parent's, SIGTERM ends in order, one core is enough."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    torch.set_num_threads(1)
 
 # --- Reading shards --------------------------------------------------------------------------------------
 def expand(source):
@@ -48,159 +80,216 @@ def expand(source):
     if not isinstance(source, str):
         return [str(shard) for shard in source]
     shards = []
-    for part in source.split("::"):
-        texts = [part]
-        while re.search(r"\{\d+\.\.\d+\}", texts[0]):
-            texts = [each for text in texts for each in unbrace(text)]
-        for text in texts:
-            found = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
-            if not found or not os.path.isfile(found[0]):
-                raise DataError(f"{text}: no such shard; check the path, and quote it if it holds braces or stars")
-            shards += found
+    for text in [text for part in source.split("::") for text in unbrace(part)] or [source]:
+        there = text.startswith("pipe:") or os.path.isfile(text)
+        found = [text] if there else sorted(filter(os.path.isfile, glob.glob(text)))
+        if not found:
+            raise DataError(f"{text}: no such shard; check the path, and quote it if it holds braces or stars")
+        shards += found
     return shards
 
 def unbrace(text):
-    """The texts that the first {000..123} in a text stands for."""
+    """The texts that one with any number of {000..123} stands for."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", text)
-    first, last = match.groups()
-    numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    return [text[: match.start()] + number + text[match.end() :] for number in numbers]
+    if not match:
+        return [text]
+    numbers = (str(n).zfill(len(match[1])) for n in range(int(match[1]), int(match[2]) + 1))
+    return [each for n in numbers for each in unbrace(text[: match.start()] + n + text[match.end() :])]
 
-def members(path):
-    """Yields (key, field, offset, size) of a tar's regular files, by webdataset's rule: the key is the path up
-    to the first dot of the base name. tarfile.TarError where the tar breaks off."""
-    with tarfile.open(path, "r:") as tar:
-        size = os.path.getsize(path)
-        for member in tar:
-            match = re.match(r"((?:.*/|)[^./]+)\.([^/]*)$", member.name)
-            if member.isreg() and match:
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError("unexpected end of data")
-                yield match[1], match[2].lower(), member.offset_data, member.size
+def shown(shard):
+    """The name of a shard without its folder; of a command the program and the tar, as the rest may be secret."""
+    if not shard.startswith("pipe:"):
+        return os.path.basename(shard)
+    tars = re.findall(r"[\w.-]+\.tar\b", re.sub(r"[?#]\S*", "", shard))
+    return " ".join(re.findall(r"^pipe:\s*[\w-]*(?=\s|$)", shard) + tars[-1:]) or "pipe:"
 
-def grouped(path, bad):
-    """Yields each whole sample of a tar as {field: (offset, size)}, with `__key__`; counts in the dict bad, by
-    cause, where a tar breaks off."""
-    sample = {}
+@contextmanager
+def opened(shard):
+    """A shard as a file that is read forwards; DataError where a command hangs or, at its end, has failed."""
+    if not shard.startswith("pipe:"):
+        with open(shard, "rb") as file:
+            yield file
+        return
+    process = subprocess.Popen(shard[len("pipe:") :], shell=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    def read(size):
+        if not select.select([process.stdout], [], [], PIPE_SECONDS)[0]:
+            raise DataError(f"{shown(shard)}: the command sent nothing for {PIPE_SECONDS} s")
+        return os.read(process.stdout.fileno(), size)
     try:
-        for key, field, offset, size in members(path):
-            if sample and sample["__key__"] != key:
-                yield sample
-                sample = {}
-            sample |= {"__key__": key, field: (offset, size)}
-    except (tarfile.TarError, EOFError):
-        sample = {}  # it may lack a field
-        bad["tar breaks off"] = bad.get("tar breaks off", 0) + 1
-    if sample:
-        yield sample
+        yield SimpleNamespace(read=read)
+        while read(1 << 20):  # what follows the tar, so that the command can end
+            pass
+        if code := process.wait(PIPE_SECONDS):
+            raise DataError(f"{shown(shard)}: the command ended with exit code {code}; run it alone to see why")
+    except subprocess.TimeoutExpired:
+        raise DataError(f"{shown(shard)}: the command did not end in {PIPE_SECONDS} s") from None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+class Member(tarfile.TarInfo):
+    """A file in a tar. A damaged header is an error, where tarfile takes it for the end of the tar."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError:
+            zipped = "not a plain tar; a compressed one can be read as pipe:gzip -dc FILE"
+            raise Damaged("tar breaks off" if tar.offset else zipped) from None
+
+def grouped(file, load=True):
+    """Yields a tar's samples {field: bytes, or without load (offset, size)} with `__key__`, by webdataset's rule: the
+    key is the path up to the first dot of the base name, fields are in lower case; of one that comes twice the first
+    counts. Where a tar breaks off, or holds no sample, a last one has the cause in `__bad__`."""
+    sample, fields, bad = {}, None, "tar without samples"
+    try:
+        with tarfile.open(fileobj=file, mode="r|" if load else "r:", tarinfo=Member, bufsize=1 << 16) as tar:
+            for info in tar:
+                tar.members = []  # where tarfile would keep them all
+                match = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", info.name)
+                if not info.isreg() or not match or re.match(r"__[^/]*__($|/)", info.name):
+                    continue
+                if sample and sample["__key__"] != match[1]:
+                    yield sample
+                    fields, sample = sample.keys(), {}
+                bad = None
+                value = tar.extractfile(info).read() if load else (info.offset_data, info.size)
+                sample = {"__key__": match[1], match[2].lower(): value} | sample
+    except Damaged as error:  # between files: the last sample is whole if it has what the one before it has
+        sample, bad = sample if sample.keys() == (fields or sample.keys()) else {}, str(error)
+    except (tarfile.TarError, OverflowError):  # within a file: its sample is not whole
+        sample, bad = {}, "tar breaks off"
+    yield from [sample] * bool(sample) + [{"__key__": "", "__bad__": bad}] * bool(bad)
 
 def read_samples(source):
-    """Yields each sample of the shards, in order, as raw bytes by lower-cased field name, with `__key__`."""
+    """Yields each sample of the shards, in order, as raw bytes by lower-cased field name, with `__key__`; says on
+    stderr where a tar breaks off, and goes on with the next."""
     for shard in expand(source):
-        with open(shard, "rb") as file:
-            for sample in grouped(shard, {}):
-                yield {field: where if field == "__key__" else os.pread(file.fileno(), where[1], where[0])
-                       for field, where in sample.items()}
+        with opened(shard) as file:
+            for sample in grouped(file):
+                if "__bad__" in sample:
+                    print(f"{shown(shard)}: {sample['__bad__']}", file=sys.stderr)
+                else:
+                    yield sample
+
+def image_of(sample):
+    """A sample's image, or None."""
+    return next((sample[field] for field in IMAGE_FIELDS if field in sample), None)
+
+def captions(sample):
+    """A sample's captions: the lines of its txt that are not empty, else the field `caption` of its json."""
+    text = sample.get("txt", sample.get("json", b"")).decode("utf-8-sig", "replace")
+    if "txt" not in sample:
+        try:
+            text = json.loads(text)["caption"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return []
+    lines = text if isinstance(text, list) else str(text or "").splitlines()
+    return [str(line).strip() for line in lines if str(line).strip()]
 
 def captioned(source):
     """Yields (key, image bytes, captions) of the samples that have both."""
     for sample in read_samples(source):
-        image = next((sample[field] for field in IMAGE_FIELDS if field in sample), None)
-        texts = captions("txt", sample["txt"]) if "txt" in sample else captions("json", sample.get("json", b""))
-        if image is not None and texts:
-            yield sample["__key__"], image, texts
+        if image_of(sample) is not None and captions(sample):
+            yield sample["__key__"], image_of(sample), captions(sample)
 
 def labelled(folder, split):
     """Yields (key, image bytes, label) of a split of a folder in CLIP_benchmark's layout."""
-    folder = Path(folder) / split
+    count = Path(folder) / split / "nshards.txt"
     try:
-        count = int((folder / "nshards.txt").read_text())
+        shards = [str(count.with_name(f"{n}.tar")) for n in range(int(count.read_text()))]
     except (OSError, ValueError):
-        raise DataError(f"{folder}/nshards.txt: must hold the number of shards") from None
-    for number in range(count):
-        if not (folder / f"{number}.tar").is_file():
-            raise DataError(f"{folder}/{number}.tar: missing, though nshards.txt announces {count} shards")
-        for sample in read_samples([folder / f"{number}.tar"]):
-            image = next((sample[field] for field in IMAGE_FIELDS if field in sample), None)
-            try:
-                yield sample["__key__"], image, int(sample["cls"])
-            except (KeyError, ValueError):
-                raise DataError(f"{folder}/{number}.tar: {sample['__key__']}.cls holds no class index") from None
-
-def captions(field, data):
-    """The captions in a txt (its lines that are not empty) or a json (its field `caption`)."""
-    text = data.decode("utf-8", "replace")
-    if field == "json":
+        raise DataError(f"{count}: must hold the number of shards") from None
+    for shard in shards:
+        if not os.path.isfile(shard):
+            raise DataError(f"{shard}: missing, though nshards.txt announces {len(shards)} shards")
+    for sample in read_samples(shards):
         try:
-            text = json.loads(text)["caption"]
-        except (ValueError, KeyError, TypeError):
-            return []
-    return [line.strip() for line in str(text or "").splitlines() if line.strip()]
+            yield sample["__key__"], image_of(sample), int(sample["cls"])
+        except (KeyError, ValueError):
+            raise DataError(f"{folder}/{split}: {sample['__key__']}.cls holds no class index") from None
 
-def decode(data, least=None):
-    """Image bytes -> upright PIL image in RGB, the first frame; DataError with a short cause where that fails.
-
-    least: a (width, height) that is enough: a JPEG is decoded at 1/2, 1/4 or 1/8 where that suffices."""
+def open_image(data):
+    """Image bytes -> PIL image, its header read; Damaged where that is no use."""
     try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError("image too large")
-        if least and image.format == "JPEG":
-            image.draft("RGB", least)
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("P", "LA", "PA", "RGBA", "La", "RGBa"):  # what is transparent shows white
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:  # Pillow raises nearly anything on damaged files
+        bomb = isinstance(error, Image.DecompressionBombError)
+        raise Damaged("image too large" if bomb else "image header unreadable") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise Damaged("image too large")
+    return image
+
+def decode(data, finer=1):
+    """Image bytes, or what open_image made of them -> upright PIL image in RGB, the first frame; DataError where
+    that fails. finer: how far its sides exceed what is needed: a JPEG is then decoded at 1/2, 1/4 or 1/8."""
+    image = data if isinstance(data, Image.Image) else open_image(data)
+    try:
+        image.draft("RGB", (math.ceil(image.width / finer), math.ceil(image.height / finer)))
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16 bits, which Pillow's convert would clip
+            image = Image.fromarray((np.asarray(image, np.int32).clip(0, 65535) >> 8).astype(np.uint8))
+        if image.has_transparency_data:  # what is transparent shows white
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: Pillow's convert would clip
-            pixels = np.asarray(image, dtype=np.float32)
-            image = Image.fromarray((pixels / max(255.0, pixels.max()) * 255).astype(np.uint8))
         return image.convert("RGB")
-    except DataError:
-        raise
-    except Exception:  # Pillow raises nearly anything on damaged files
-        raise DataError("image does not decode") from None
+    except Exception:
+        raise Damaged("image does not decode") from None
+
+def cut(image, size, box):
+    """A box (left, top, right, bottom) of a PIL image, resized (bicubic, antialiased) -> uint8 (3,S,S)."""
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box)
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 def preprocess(image, size):
     """The test transform: PIL image -> uint8 (3,S,S), short side resized (bicubic, antialiased), centre crop."""
     width, height = (max(size, round(side * size / min(image.size))) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    if image.size != (width, height):  # of what is resized only the box that is seen, so that strips stay cheap
-        x, y = image.width / width, image.height / height
-        box = (left * x, top * y, (left + size) * x, (top + size) * y)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box)
-    elif image.size != (size, size):
-        image = image.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+    x, y = image.width / width, image.height / height  # what is not seen is not resized, so strips stay cheap
+    return cut(image, size, (left * x, top * y, (left + size) * x, (top + size) * y))
 
 def random_crop(data, size, least, rng):
     """Image bytes -> uint8 (3,S,S): a random box, of `least` to 1 of the area and sides from 3:4 to 4:3, resized
-    (bicubic, antialiased) as it is cut. A JPEG is decoded no finer than the smallest such box needs."""
-    enough = math.ceil(size / math.sqrt(least * 3 / 4))
-    image = decode(data, (enough, enough))
-    width, height = image.size
-    for _ in range(10):
-        area, ratio = width * height * rng.uniform(least, 1), (4 / 3) ** rng.uniform(-1, 1)
-        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+    as it is cut. A JPEG is decoded no finer than the box needs."""
+    image = open_image(data)
+    width, height = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # as it is upright
+    for area, ratio in zip(rng.uniform(least, 1, 10), (4 / 3) ** rng.uniform(-1, 1, 10), strict=True):
+        w, h = math.sqrt(area * ratio * width * height), math.sqrt(area / ratio * width * height)
         if w <= width and h <= height:
             break
     else:
         w = h = min(width, height)
     x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
-    image = image.resize((size, size), Image.Resampling.BICUBIC, (x, y, x + w, y + h))
-    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+    image = decode(image, max(1, min(w, h) / size))
+    across, down = image.width / width, image.height / height  # below 1 where it was decoded smaller
+    return cut(image, size, (x * across, y * down, (x + w) * across, (y + h) * down))
+
+def whole(data, size):
+    """Image bytes -> the test transform of the image."""
+    return preprocess(decode(data), size)
+
+whole_kept = lru_cache(1 << 16)(whole)  # where images are small and not cropped at random, they stay decoded
+opened_once = lru_cache(200)(lambda path, identity: open(path, "rb"))  # shards of a Loader, read by os.pread
 
 # --- Tokenizer -------------------------------------------------------------------------------------------
 class Tokenizer:
     """Byte-level byte-pair encoding (Sennrich et al. 2016), lossless on any bytes.
 
-    Ids: PAD, SOT, EOT, the 256 bytes, then the merges in the order in which they were learned."""
+    Ids: PAD, SOT, EOT, the 256 bytes, then the merges in the order in which they were learned. Inside, ids are the
+    characters of a str, so that a merge is a str.replace."""
 
-    pieces = re.compile(rb" ?[A-Za-z]+| ?[0-9]+| ?[\x80-\xff]+| ?[^\sA-Za-z0-9\x80-\xff]+|\s+")
+    pieces = re.compile(rb" ?[A-Za-z]{1,63}| ?[0-9]{1,63}| ?[\x80-\xff]{1,63}| ?[^\sA-Za-z0-9\x80-\xff]{1,63}|\s{1,64}")
 
     def __init__(self, merges):
         """merges: pairs of ids, the n-th of which becomes id 259 + n."""
         self.merges = [tuple(pair) for pair in merges]
-        self.new = {pair: 259 + n for n, pair in enumerate(self.merges)}
+        self.new = {chr(a) + chr(b): 259 + n for n, (a, b) in enumerate(self.merges)}
         self.bytes = [b"", b"", b""] + [bytes([n]) for n in range(256)]
         for a, b in self.merges:
             self.bytes.append(self.bytes[a] + self.bytes[b])
@@ -217,34 +306,32 @@ class Tokenizer:
         if vocab_size < 259:
             raise DataError(f"a vocabulary of {vocab_size}: must be at least 259, 256 bytes and 3 specials")
         counts = Counter(piece for text in texts for piece in cls.pieces.findall(as_bytes(text)))
-        words, counts = [[byte + 3 for byte in piece] for piece in counts], list(counts.values())
-        pairs, where = Counter(), defaultdict(set)
-        for n, word in enumerate(words):
-            for pair in zip(word, word[1:], strict=False):
-                pairs[pair] += counts[n]
+        words, counts = [as_ids(piece) for piece in counts], list(counts.values())
+        pairs, where, merges, changed = Counter(), defaultdict(set), [], set()
+        def count(n, times):
+            for pair in adjacent(words[n]):
+                pairs[pair] += times
                 where[pair].add(n)
+                changed.add(pair)
+        for n in range(len(words)):
+            count(n, counts[n])
         # The most frequent pair, the smallest ids first among equals; counts in the heap may be out of date.
-        heap, merges = [(-count, pair) for pair, count in pairs.items()], []
+        heap = [(-number, pair) for pair, number in pairs.items()]
         heapify(heap)
         while heap and len(merges) < vocab_size - 259:
-            count, pair = heappop(heap)
-            if -count != pairs[pair]:
-                heappush(heap, (-pairs[pair], pair))
+            number, pair = heappop(heap)
+            if -number != pairs[pair]:
                 continue
-            if -count < 2:
+            if -number < 2:
                 break
-            changed = set()
+            changed.clear()
             for n in where.pop(pair):
-                for old in zip(words[n], words[n][1:], strict=False):
-                    pairs[old] -= counts[n]
-                words[n] = merge(words[n], pair, 259 + len(merges))
-                for now in zip(words[n], words[n][1:], strict=False):
-                    pairs[now] += counts[n]
-                    where[now].add(n)
-                    changed.add(now)
-            merges.append(pair)
-            for now in changed:
-                heappush(heap, (-pairs[now], now))
+                count(n, -counts[n])
+                words[n] = words[n].replace(pair, chr(259 + len(merges)))
+                count(n, counts[n])
+            for each in changed:
+                heappush(heap, (-pairs[each], each))
+            merges.append(tuple(map(ord, pair)))
         return cls(merges)
 
     def encode(self, text):
@@ -252,16 +339,13 @@ class Tokenizer:
         ids = []
         for piece in self.pieces.findall(as_bytes(text)):
             if piece not in self.cache:
-                tokens = [byte + 3 for byte in piece]
-                while len(tokens) > 1:
-                    found = [pair for pair in zip(tokens, tokens[1:], strict=False) if pair in self.new]
-                    if not found:
-                        break
+                word = as_ids(piece)
+                while found := self.new.keys() & adjacent(word):
                     pair = min(found, key=self.new.get)
-                    tokens = merge(tokens, pair, self.new[pair])
-                if len(self.cache) > 1_000_000:
+                    word = word.replace(pair, chr(self.new[pair]))
+                if len(self.cache) > 200_000:
                     self.cache.clear()
-                self.cache[piece] = tokens
+                self.cache[piece] = list(map(ord, word))
             ids += self.cache[piece]
         return ids
 
@@ -273,7 +357,7 @@ class Tokenizer:
         """texts -> (B, context) int64: SOT, ids, EOT, cut so that EOT stays, padded."""
         rows = np.full((len(texts), context), PAD, dtype=np.int64)
         for row, text in zip(rows, texts, strict=True):
-            ids = self.encode(text[: 64 * context])[: context - 2]  # no id stands for more bytes than that
+            ids = self.encode(text[: 64 * context])[: context - 2]  # a piece, so an id, has at most 64 bytes
             row[: len(ids) + 2] = [SOT, *ids, EOT]
         return torch.from_numpy(rows)
 
@@ -291,207 +375,237 @@ class Tokenizer:
         """Reads what `data.py tokenizer` wrote."""
         try:
             return cls.from_state(json.loads(Path(path).read_text()))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
             raise DataError(f"{path}: not a tokenizer's file; make one with data.py tokenizer") from None
 
 def as_bytes(text):
     """str -> its UTF-8 bytes; bytes stay."""
-    return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
+    return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
 
-def merge(tokens, pair, new):
-    """tokens with every occurrence of pair, from the left, replaced by new."""
-    out, n = [], 0
-    while n < len(tokens):
-        if tuple(tokens[n : n + 2]) == pair:
-            out.append(new)
-            n += 2
-        else:
-            out.append(tokens[n])
-            n += 1
-    return out
+def as_ids(piece):
+    """bytes -> their ids as characters."""
+    return "".join(chr(byte + 3) for byte in piece)
+
+def adjacent(word):
+    """The pairs of neighbours in a str."""
+    return [a + b for a, b in zip(word, word[1:], strict=False)]
 
 # --- Index and loader ------------------------------------------------------------------------------------
-def fault(image, text, field):
-    """Why a sample cannot be used, by what can be told without decoding it, or None."""
-    if image is None:
-        return "no image"
-    if field and not captions(field, text):
-        return "no caption"
+def fault(file, at, size, least=2048):
+    """What is wrong with the image that lies there in a shard, told from its header and its end alone, or None."""
+    head, tail = os.pread(file, min(size, least), at), os.pread(file, min(size, 1024), at + max(0, size - 1024))
     try:
-        width, height = Image.open(io.BytesIO(image)).size
-    except Exception:  # Pillow raises nearly anything on damaged files
-        return "image header unreadable"
-    if width * height > MAX_PIXELS:
-        return "image too large"
+        open_image(head)
+    except DataError as error:  # perhaps its header is longer
+        return fault(file, at, size, 1 << 24) if least < min(size, 1 << 24) else str(error)
     ends = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}  # JPEG's and PNG's end markers
-    return None if ends.get(image[:2], b"") in image[-4096:] else "image incomplete"
+    return None if ends.get(head[:2], b"") in tail else "image incomplete"
 
 def index_shard(job):
-    """job: a shard, whether captions are needed -> keys and rows (n,5) of what is readable, faults by cause.
+    """job: a shard, whether captions are needed -> keys and rows of what is readable, [key, cause] of the rest.
 
-    A row: offset and size of the image, offset and size of the caption, 1 where that is json. The result is
-    kept in the cache folder, under the shard's path, size and time of change."""
+    A row: offset and size of the image, offset and size of the caption, 1 where that is json. The result is kept
+    in the cache folder, under the shard's path, size and time of change."""
     path, need = job
-    about = os.stat(path)
-    name = f"{os.path.abspath(path)} {about.st_size} {about.st_mtime_ns} {need}"
-    cache = cache_folder() / "index" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
-    try:
-        found = json.loads(cache.read_text())
-        return found["keys"], np.array(found["rows"], dtype=np.int64).reshape(-1, 5), found["bad"]
-    except (OSError, ValueError, KeyError):
-        keys, rows, bad = [], [], {}
-    with open(path, "rb") as file:
-        for sample in grouped(path, bad):
-            image = next((sample[field] for field in IMAGE_FIELDS if field in sample), None)
-            field = next((field for field in ("txt", "json") if field in sample), "txt") if need else None
-            text = sample.get(field, (0, 0))
-            read = [where and os.pread(file.fileno(), where[1], where[0]) for where in (image, text)]
-            cause = fault(*read, field)
+    about, keys, rows, bad = os.stat(path), [], [], []
+    name = f"2 {os.path.abspath(path)} {about.st_size} {about.st_mtime_ns} {need}"
+    cache = cache_folder() / "index" / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.json"
+    with suppress(OSError, ValueError):
+        return json.loads(cache.read_text())
+    with open(path, "rb") as tar, open(path, "rb") as file:
+        for sample in grouped(tar, load=False):
+            image, field = image_of(sample) or (0, 0), "txt" if "txt" in sample else "json"
+            text = sample.get(field, (0, 0)) if need else (0, 0)
+            cause = sample.get("__bad__") or (fault(file.fileno(), *image) if image[1] else "no image")
+            if need and not cause and not captions({field: os.pread(file.fileno(), text[1], text[0])}):
+                cause = "no caption"
             if cause:
-                bad[cause] = bad.get(cause, 0) + 1
+                bad.append([sample["__key__"], cause])
             else:
                 keys.append(sample["__key__"])
                 rows.append([*image, *text, int(field == "json")])
-    try:
+    with suppress(OSError):  # a cache that cannot be written costs time only
         cache.parent.mkdir(parents=True, exist_ok=True)
         part = cache.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps({"keys": keys, "rows": rows, "bad": bad}))
+        part.write_text(json.dumps([keys, rows, bad]))
         part.replace(cache)
-    except OSError:  # a cache that cannot be written costs time only
-        pass
-    return keys, np.array(rows, dtype=np.int64).reshape(-1, 5), bad
+    return keys, rows, bad
 
-@dataclass
-class Batch:
-    """One step's samples of one rank: images uint8 (B,3,S,S), tokens int64 (B,T), keys."""
-
-    images: torch.Tensor
-    tokens: torch.Tensor
-    keys: list
+# One step's samples of one rank: images uint8 (B,3,S,S), tokens int64 (B,T), keys.
+Batch = namedtuple("Batch", "images tokens keys")
 
 class Loader:
-    """Batches of a source: every readable sample once an epoch over all ranks and workers, but for the last
-    `count mod global batch` of its order. Order, crops and captions are a pure function of (seed, epoch)."""
+    """Batches of a source. Of local shards every readable sample comes once an epoch over all ranks and workers,
+    but for the last `count mod global batch` of its order; order, crops and captions are a pure function of (seed,
+    epoch). Streams (`pipe:`, or resample) are read shard after shard, each by one worker, shuffled in a window.
+
+    `stream`; `samples` (None for a stream); `identity`: plain values that tell the same data again; `bad`: skipped
+    samples by cause; `position`: the shard's number in a stream's sequence at which batches() would go on."""
 
     def __init__(self, source, batch_size, image_size, tokenizer, context, seed=0, rank=0, world=1, workers=0,
-                 crop=1.0, captions=True, spawn=False, cache_bytes=2 << 30):
-        """batch_size: of one rank; crop: least area of a random resized crop, 1 for the test transform;
-        captions: whether samples need one (tokens are else SOT, EOT). DataError where there is too little."""
+                 crop=1.0, captions=True, resample=False):
+        """batch_size: of one rank; crop: least area of a random crop, 1 for the test transform; captions: whether
+        samples need one (tokens are else SOT, EOT); resample: draw shards with replacement. DataError where usable
+        samples are fewer than a batch, or than the others."""
         self.batch_size, self.image_size, self.tokenizer, self.context = batch_size, image_size, tokenizer, context
         self.seed, self.rank, self.world, self.workers, self.crop = seed, rank, world, workers, crop
-        self.captions, self.spawn, self.shards, self.files = captions, spawn, expand(source), {}
-        jobs = [(shard, captions) for shard in self.shards]
-        with ProcessPoolExecutor(min(len(jobs), os.cpu_count())) as pool:
-            index = list(tqdm(pool.map(index_shard, jobs), total=len(jobs), desc="indexing", unit="shard",
-                              disable=None, leave=False))
-        self.keys = [key for keys, _, _ in index for key in keys]
-        self.rows = np.concatenate([rows for _, rows, _ in index])
-        self.shard_of = np.repeat(np.arange(len(index)), [len(rows) for _, rows, _ in index])
-        self.samples, self.bad = len(self.keys), dict(sum((Counter(bad) for _, _, bad in index), Counter()))
-        skipped = ", ".join(f"{count} x {cause}" for cause, count in self.bad.items())
-        if self.samples < batch_size * world:
-            raise DataError(f"{source}: {self.samples} usable samples, fewer than one batch of "
-                            f"{batch_size * world}; skipped: {skipped or 'none'}")
-        if skipped and rank == 0:
-            print(f"skipped while indexing: {skipped}", file=sys.stderr)
-        digest = hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
-        sizes = [[os.path.basename(shard), os.path.getsize(shard)] for shard in self.shards]
-        self.identity = {"shards": sizes, "samples": self.samples, "keys": digest}
-        # Without random crops pixels never change: where they fit, they stay decoded, in shared memory.
-        self.cache = self.cached = None
-        if crop == 1 and self.samples * 3 * image_size**2 <= cache_bytes:
-            self.cache = torch.empty(self.samples, 3, image_size, image_size, dtype=torch.uint8).share_memory_()
-            self.cached = torch.zeros(self.samples, dtype=torch.bool).share_memory_()
+        self.captions, self.resample, self.shards = captions, resample, expand(source)
+        self.stream = resample or any(shard.startswith("pipe:") for shard in self.shards)
+        self.samples, self.position, self.bad, self.good = None, 0, Counter(), 0
+        self.identity = {"shards": [shown(shard) for shard in self.shards]}
+        if not self.stream:
+            self.read_index()
+        elif world > 1 and not resample:
+            raise DataError("a stream across several processes needs --resample and --steps")
+
+    def read_index(self):
+        index = list(in_parallel(index_shard, [(shard, self.captions) for shard in self.shards], "indexing"))
+        keys = [os.fsencode(key) for found, _, _ in index for key in found]
+        # Few arrays: of a list of many objects every forked worker would make a copy as it looks at them.
+        self.names, self.ends = np.frombuffer(b"".join(keys), np.uint8), np.cumsum([0, *map(len, keys)])
+        self.rows = np.concatenate([np.array(rows, np.int64).reshape(-1, 5) for _, rows, _ in index])
+        self.shard_of, self.samples = np.repeat(np.arange(len(index)), [len(each[0]) for each in index]), len(keys)
+        self.skip([(f"{shown(shard)} {key}", cause) for shard, (_, _, bad) in zip(self.shards, index, strict=True)
+                   for key, cause in bad], self.samples, 0)
+        if self.samples < self.batch_size * self.world:
+            raise DataError(f"{self.samples} usable samples, fewer than one batch of {self.batch_size * self.world}")
+        sizes, digest = [os.path.getsize(shard) for shard in self.shards], hashlib.sha256(b"\n".join(keys))
+        self.identity |= {"sizes": sizes, "samples": self.samples, "keys": digest.hexdigest()}
 
     def __len__(self):
-        """Batches an epoch, the same on every rank."""
+        """Batches an epoch, the same on every rank; DataError for a stream."""
+        if self.stream:
+            raise DataError("the samples of a stream are not counted beforehand; give --steps")
         return self.samples // (self.batch_size * self.world)
 
-    def __getstate__(self):
-        return self.__dict__ | {"files": {}}  # a worker opens shards itself
+    def skip(self, failed, good, least=100):
+        """Counts and logs what failed, (name, cause) each, beside how many did not; DataError if most did."""
+        for name, cause in failed:
+            if isinstance(cause, Exception):  # a worker's last words
+                raise DataError(str(cause))
+            self.bad[cause] += 1
+            if self.bad.total() <= 5:
+                tqdm.write(f"skipped: {name}: {cause}", file=sys.stderr)
+        self.good += good
+        if self.bad.total() > max(self.good, least):
+            raise DataError(f"{self.good} usable samples; {self.report()}")
 
-    def read(self, shard, offset, size):
-        """Bytes of a local shard."""
-        if shard not in self.files:
-            self.files[shard] = open(self.shards[shard], "rb")
-        return os.pread(self.files[shard].fileno(), size, offset)
+    def report(self):
+        """What was skipped, in a line; empty if nothing was."""
+        return "skipped: " * bool(self.bad) + ", ".join(f"{n} x {cause}" for cause, n in self.bad.most_common())
+
+    def read(self, n):
+        """Sample n of the index, as raw bytes."""
+        at, size, text_at, text_size, is_json = self.rows[n].tolist()
+        file = opened_once(self.shards[self.shard_of[n]], self.identity["keys"]).fileno()
+        key = os.fsdecode(self.names[self.ends[n] : self.ends[n + 1]].tobytes())
+        return {"__key__": key, "jpg": os.pread(file, size, at),
+                ("txt", "json")[is_json]: os.pread(file, text_size, text_at)}
 
     def texts(self):
-        """Yields all captions, for the tokenizer."""
-        for shard, (_, _, offset, size, is_json) in zip(self.shard_of, self.rows.tolist(), strict=True):
-            yield from captions(("txt", "json")[is_json], self.read(shard, offset, size))
+        """Yields captions for the tokenizer: all, or of a stream the first 200,000."""
+        samples = read_samples(self.shards) if self.stream else map(self.read, range(self.samples))
+        return islice((text for sample in samples for text in captions(sample)), 200_000 if self.stream else None)
 
-    def image(self, n, rng):
-        """Sample n's image, uint8 (3,S,S); DataError where it does not decode."""
-        if self.cache is not None and self.cached[n]:
-            return self.cache[n]
-        data = self.read(self.shard_of[n], *self.rows[n, :2].tolist())
+    def make(self, sample, rng):
+        """A sample as raw bytes -> its image (3,S,S) and a caption; Damaged where it is no good."""
+        image, texts = image_of(sample), captions(sample) if self.captions else [""]
+        if "__bad__" in sample or not image or not texts:
+            raise Damaged(sample.get("__bad__") or ("no caption" if image else "no image"))
+        text = texts[rng.integers(len(texts))]
         if self.crop < 1:
-            return random_crop(data, self.image_size, self.crop, rng)
-        pixels = preprocess(decode(data), self.image_size)
-        if self.cache is not None:
-            self.cache[n] = pixels
-            self.cached[n] = True
-        return pixels
+            return random_crop(image, self.image_size, self.crop, rng), text
+        return (whole_kept if self.image_size <= 64 else whole)(image, self.image_size), text
 
-    def caption(self, n, share):
-        """One of sample n's captions, chosen by share in 0..1."""
-        _, _, offset, size, is_json = self.rows[n].tolist()
-        texts = captions(("txt", "json")[is_json], self.read(self.shard_of[n], offset, size))
-        return texts[int(share * len(texts))]
+    def indexed(self, steps):
+        """Yields (sample, noise) of the batches with these numbers, which count on from epoch to epoch, each followed
+        by (None, None)."""
+        last = None
+        for step in steps:
+            epoch, number = divmod(step, len(self))
+            if epoch != last:
+                order, last = np.random.default_rng([self.seed, epoch]).permutation(self.samples), epoch
+            first = (number * self.world + self.rank) * self.batch_size
+            for n in order[first : first + self.batch_size].tolist():
+                yield self.read(n), np.random.default_rng([self.seed, epoch, n])
+            yield None, None
+
+    def streamed(self, numbers):
+        """Yields (sample, noise) of the shards with these numbers in the endless sequence, shuffled in a window."""
+        window, count = [], len(self.shards)
+        for number in numbers:
+            self.position = number + 1
+            rng = np.random.default_rng([self.seed, number if self.resample else number // count, self.rank])
+            shard = self.shards[rng.integers(count) if self.resample else rng.permutation(count)[number % count]]
+            with opened(shard) as file:
+                for n, sample in enumerate(grouped(file)):
+                    sample["__key__"] = sample["__key__"] or shown(shard)
+                    noise = np.random.default_rng([self.seed, number, self.rank, n])
+                    window.append(({f: sample[f] for f in sample if f in WANTED}, noise))
+                    if len(window) > WINDOW:
+                        yield window.pop(rng.integers(WINDOW))
+        yield from (window[n] for n in np.random.default_rng([self.seed, self.position]).permutation(len(window)))
+
+    def work(self, numbers):
+        """What a worker does: yields images, tokens, keys, (name, cause) of what failed, the position."""
+        made, failed = [], []
+        def chunk():
+            keys, images, texts = zip(*made, strict=True) if made else ((), [torch.empty(0)], ())
+            tokens = (self.tokenizer or Tokenizer([])).batch(texts, self.context)
+            return torch.stack(images), tokens, list(keys), failed, self.position
+        for sample, noise in (self.streamed if self.stream else self.indexed)(numbers):
+            if sample:
+                try:
+                    made.append((sample["__key__"], *self.make(sample, noise)))
+                except Damaged as error:
+                    failed.append((sample["__key__"], str(error)))
+            elif made:
+                made = [made[n % len(made)] for n in range(self.batch_size)]  # others take a failed one's slot
+            elif failed:
+                raise DataError(f"no image of a whole batch decodes: {failed[0][1]}")
+            if len(made) == self.batch_size or (self.stream and len(failed) > 100):
+                yield chunk()
+                made, failed = [], []
+        yield chunk()
+
+    def deliver(self, start, stop):
+        """Yields the batches, or a stream's shards, start ... stop as Batches, from the workers."""
+        images, tokens, keys, B, workers = None, None, [], self.batch_size, min(self.workers, stop - start)
+        for *sent, failed, position in DataLoader(Feed(self, start, stop), None, num_workers=workers,
+                                                  collate_fn=tuple, worker_init_fn=be_quiet,
+                                                  pin_memory=torch.cuda.is_available()):
+            self.position = max(self.position, position)
+            self.skip(failed, len(sent[2]))
+            if sent[2]:
+                images, tokens = (torch.cat(both) if keys else both[1] for both in ((images, sent[0]), (tokens, sent[1])))
+                keys = keys + sent[2]
+            while len(keys) >= B:
+                yield Batch(images[:B], tokens[:B], keys[:B])
+                images, tokens, keys = images[B:], tokens[B:], keys[B:]
 
     def epoch(self, n, skip=0):
-        """Yields this rank's batches of epoch n, after the first `skip`, all of full size."""
-        epoch, workers = Epoch(self, n), min(self.workers, len(self) - skip)
-        context = ("spawn" if self.spawn else "fork") if workers > 0 else None
-        batches = DataLoader(epoch, None, sampler=range(skip, len(self)), num_workers=workers, collate_fn=same,
-                             multiprocessing_context=context, worker_init_fn=be_quiet,
-                             pin_memory=torch.cuda.is_available())
-        for images, tokens, keys, failed in batches:
-            for cause in failed:
-                self.bad[cause] = self.bad.get(cause, 0) + 1
-            yield Batch(images, tokens, keys)
+        """Yields this rank's batches of epoch n after the first `skip`, all of full size; of a stream, those of one
+        pass over its shards."""
+        size = len(self.shards) if self.stream else len(self)
+        return self.deliver(n * size + skip, (n + 1) * size)
 
-class Epoch(Dataset):
-    """The batches of one epoch of a Loader, by number; what a worker process runs."""
+    def batches(self, step, position=0):
+        """Yields batches without end from this step on; of a stream, from this number in its sequence of shards."""
+        self.position = position
+        return self.deliver(position if self.stream else step, sys.maxsize)
 
-    def __init__(self, loader, n):
-        self.loader, self.n = loader, n
-        rng = np.random.default_rng([loader.seed, n])
-        self.order, self.draws = rng.permutation(loader.samples), rng.random(loader.samples)
+class Feed(IterableDataset):
+    """A Loader's work as a DataLoader wants it."""
 
-    def __getitem__(self, number):
-        """-> images, tokens, keys, causes of failure. Another sample of the batch takes a failed one's slot."""
-        loader, B = self.loader, self.loader.batch_size
-        first = number * B * loader.world + loader.rank * B
-        good, images, failed = [], [], []
-        for n in self.order[first : first + B].tolist():
-            try:
-                images.append(loader.image(n, np.random.default_rng([loader.seed, self.n, n])))
-                good.append(n)
-            except DataError as error:
-                failed.append(str(error))
-        if not good:
-            raise DataError(f"no image of a whole batch decodes ({failed[0]})")
-        good = [good[slot % len(good)] for slot in range(B)]
-        images = torch.stack([images[slot % len(images)] for slot in range(B)])
-        if loader.captions:
-            texts = [loader.caption(n, self.draws[n]) for n in good]
-            tokens = loader.tokenizer.batch(texts, loader.context)
-        else:
-            tokens = F.pad(torch.tensor([[SOT, EOT]]), (0, loader.context - 2)).repeat(B, 1)
-        return images, tokens, [loader.keys[n] for n in good], failed
+    def __init__(self, loader, start, stop):
+        self.loader, self.start, self.stop = loader, start, stop
 
-def same(batch):
-    """A batch as it is."""
-    return batch
-
-def be_quiet(worker):
-    """Leaves Ctrl-C to the parent process, and its cores to the other workers."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    def __iter__(self):
+        worker, workers = (info.id, info.num_workers) if (info := get_worker_info()) else (0, 1)
+        try:
+            yield from self.loader.work(range(self.start + worker, self.stop, workers))
+        except (DataError, OSError) as error:  # which the parent raises, in one line
+            yield torch.empty(0), torch.empty(0), [], [("", error)], 0
 
 # --- Augmentation ----------------------------------------------------------------------------------------
 def simclr_view(images, noise, least=0.08):
@@ -524,6 +638,148 @@ def simclr_view(images, noise, least=0.08):
     x = mean + contrast.view(-1, 1, 1, 1) * (x - mean)
     return (x.clamp(0, 1) * 255).round().byte()
 
+# --- Writing shards ---------------------------------------------------------------------------------------
+def write_shard(path, samples):
+    """Writes samples (key, {field: bytes}) as a tar."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, fields in samples:
+            for field, content in fields.items():
+                info = tarfile.TarInfo(f"{key}.{field}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+@contextmanager
+def new_folder(folder):
+    """A folder to fill, which takes its name only when it is whole; DataError where there is one of that name."""
+    folder = Path(folder)
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    if folder.exists():
+        raise DataError(f"{folder}: exists already; give a new folder")
+    part.mkdir(parents=True)
+    try:
+        yield part
+        with suppress(OSError):  # another process was faster
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+def label_folder(folder, names, templates, shards):
+    """Makes CLIP_benchmark's layout: the folders of the splits, {split: shards}, and the files that describe them."""
+    for split, count in shards.items():
+        (folder / split).mkdir(parents=True)
+        (folder / split / "nshards.txt").write_text(str(count))
+    (folder / "classnames.txt").write_text("\n".join(names))
+    (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates))
+
+def pack_shard(job):
+    """Writes one shard; job: path, (number, image's place, text) each, field of the text, size -> broken ones."""
+    path, items, field, size = job
+    broken = []
+    def samples():
+        for number, place, text in items:
+            try:
+                content = place.read_bytes() if isinstance(place, Path) else place
+                kind, image = open_image(content).format.lower(), decode(content)
+                if kind not in IMAGE_FIELDS or 0 < size < min(image.size):
+                    scale, out = min(1, (size or min(image.size)) / min(image.size)), io.BytesIO()
+                    sides = [round(side * scale) for side in image.size]
+                    image.resize(sides, Image.Resampling.BICUBIC).save(out, "JPEG", quality=92)
+                    kind, content = "jpeg", out.getvalue()
+                if not text:
+                    raise Damaged("no caption")
+                yield f"{number:08d}", {"jpg" if kind == "jpeg" else kind: content, field: text.encode()}
+            except (DataError, OSError) as error:
+                broken.append((str(place), getattr(error, "strerror", None) or str(error)))
+    write_shard(path, samples())
+    return broken
+
+def pack(source, folder, templates=(), caption=False, size=0, test=0.0, shard=1000, seed=0, workers=None):
+    """Makes shards in a new folder: of a csv or tsv of path and captions train-*.tar; of a folder of class folders a
+    labelled set, or with `caption` train-*.tar, captioned by the templates. size: of the short side, if it is longer;
+    test: share that goes into a split of its own (a labelled set without it is all test)."""
+    source, templates = Path(source), list(templates) or ["a photo of a {c}"]
+    if source.is_dir():
+        names = sorted(path.name for path in source.iterdir() if path.is_dir())
+        items = [(path, "\n".join(t.replace("{c}", name) for t in templates) if caption else str(label))
+                 for label, name in enumerate(names) for path in sorted((source / name).rglob("*")) if path.is_file()]
+    else:
+        names, rows = [], defaultdict(list)
+        with source.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+            for row in csv.reader(file, delimiter="\t" if source.suffix == ".tsv" else ","):
+                rows[row[0] if row else ""] += [" ".join(text.split()) for text in row[1:] if text.strip()]
+        first = next(iter(rows), "")
+        if not (source.parent / first).is_file():
+            del rows[first]  # the names of the columns
+        items = [(source.parent / path, "\n".join(texts)) for path, texts in rows.items() if path]
+    if not items:
+        raise DataError(f"{source}: neither class folders with images nor a table of paths and captions")
+    order, labels = np.random.default_rng(seed).permutation(len(items)).tolist(), bool(names) and not caption
+    cut_at = round(test * len(items)) if test or not labels else len(items)
+    jobs, splits = [], {"test": order[:cut_at], "train": order[cut_at:]}
+    with new_folder(folder) as part:
+        for split, chosen in splits.items():
+            for n in range(0, len(chosen), shard):
+                path = part / split / f"{n // shard}.tar" if labels else part / f"{split}-{n // shard:05d}.tar"
+                jobs.append((path, [(i, *items[i]) for i in chosen[n : n + shard]], "cls" if labels else "txt", size))
+        if labels:
+            counts = {split: -(-len(chosen) // shard) for split, chosen in splits.items() if chosen}
+            label_folder(part, names, templates, counts)
+        broken = [each for found in in_parallel(pack_shard, jobs, "packing", workers) for each in found]
+        for place, cause in broken[:20]:
+            print(f"left out: {place}: {cause}", file=sys.stderr)
+        if len(broken) == len(items):
+            raise DataError(f"{source}: none of {len(items)} images can be used: {broken[0][1]}")
+    print(f"{folder}: {len(items) - len(broken)} samples in {len(jobs)} shards, {len(broken)} left out")
+
+# --- Inspecting shards ------------------------------------------------------------------------------------
+def inspect_shard(shard):
+    """-> counts of causes, (width, height, length of the captions) of each good sample, keys, seconds it took to
+    decode them, some (small image, caption)."""
+    causes, rows, keys, shots, seconds = Counter(), [], [], [], 0.0
+    with opened(shard) as file:
+        for sample in grouped(file):
+            began = time.perf_counter()
+            texts = captions(sample) or [f"class {sample[field].decode('utf-8', 'replace')}" for field in sample if field == "cls"]
+            try:
+                if "__bad__" in sample or image_of(sample) is None or not texts:
+                    raise Damaged(sample.get("__bad__") or ("no image" if image_of(sample) is None else "no caption"))
+                image = decode(image_of(sample))
+            except Damaged as error:
+                causes[str(error)] += 1
+                print(f"{shown(shard)} {sample['__key__']}: {error}", file=sys.stderr)
+                continue
+            seconds += time.perf_counter() - began
+            rows.append((*image.size, *map(len, texts)))
+            keys.append(sample["__key__"])
+            if len(shots) < 25:
+                shots.append((ImageOps.contain(image, (150, 150)), texts[0]))
+    return causes, rows, keys, shots, seconds
+
+def inspect(source, sheet="contact-sheet.png", workers=None):
+    """Prints what is in shards and saves a contact sheet -> exit code: 0, or 1 where something is wrong."""
+    found = list(in_parallel(inspect_shard, expand(source), "inspecting", workers))
+    causes, keys = sum((each[0] for each in found), Counter()), [key for each in found for key in each[2]]
+    rows, shots = [row for each in found for row in each[1]], [shot for each in found for shot in each[3]]
+    if not rows:
+        raise DataError(f"{source}: no usable sample; {dict(causes)}")
+    twice = len(keys) - len(set(keys))
+    print(f"{len(found)} shards, {len(rows)} usable samples, {sum(len(row) - 2 for row in rows)} captions")
+    for what, values in (("width", [row[0] for row in rows]), ("height", [row[1] for row in rows]),
+                         ("characters a caption", [length for row in rows for length in row[2:]])):
+        least, median, most = np.percentile(values, (0, 50, 100))
+        print(f"{what}: {least:.0f} to {most:.0f}, median {median:.0f}")
+    print(f"decoding them takes {sum(each[4] for each in found):.1f} s on one core")
+    print("bad samples:", ", ".join(f"{count} x {cause}" for cause, count in causes.items()) or "none")
+    print(f"keys that come twice: {twice}")
+    page = Image.new("RGB", (5 * 160, 5 * 190), "white")
+    for n, (image, text) in enumerate(shots[:: -(-len(shots) // 25)]):
+        page.paste(image, (n % 5 * 160 + 5, n // 5 * 190 + 5))
+        lines = "\n".join(text[start : start + 25] for start in (0, 25))
+        ImageDraw.Draw(page).text((n % 5 * 160 + 5, n // 5 * 190 + 158), lines.encode("latin-1", "replace"), "black")
+    page.save(sheet)
+    print(f"contact sheet: {sheet}")
+    return 1 if causes or twice else 0
+
 # --- Built-in scenes --------------------------------------------------------------------------------------
 COLOURS = {
     "red": (214, 39, 40), "green": (44, 150, 60), "blue": (40, 80, 220), "yellow": (245, 220, 50),
@@ -543,7 +799,6 @@ SETS = {  # labelled sets: the names of their classes, and templates
 SIDE = 32  # pixels
 
 def polar(radius, angle):
-    """Points (n,2) at these radii and angles about the origin, y down."""
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 def outlines():
@@ -588,12 +843,6 @@ def render(rng, objects):
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=92, subsampling=0)
     return out.getvalue()
 
-def in_quarters(rng, quarters):
-    """An object of any kind in each of these quarters of the picture."""
-    radii, places = rng.uniform(4, 6.5, len(quarters)), [(q % 2 * SIDE / 2, q // 2 * SIDE / 2) for q in quarters]
-    return [(*CLASSES[rng.integers(len(CLASSES))], *(rng.uniform(r, SIDE / 2 - r, 2) + place), r)
-            for r, place in zip(radii, places, strict=True)]
-
 def related(rng, first, second, relation):
     """Two objects, the first in that relation to the second."""
     step = np.array(RELATIONS[relation])
@@ -601,17 +850,15 @@ def related(rng, first, second, relation):
     return [(*first, *(centre + aside), rng.uniform(5, 7.5)), (*second, *(centre - aside), rng.uniform(5, 7.5))]
 
 def alone(rng, pair):
-    """One object, anywhere."""
     radius = rng.uniform(6, 11)
     return [(*pair, *rng.uniform(radius, SIDE - radius, 2), radius)]
 
 def articled(words):
-    """"a red star", "an orange ring"."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 def captioned_scene(rng, pairs):
-    """A sample for training: one object or, a time in five, two in a relation -> objects, caption. Colour, shape and
-    size are named or left out; place, background and turn are never named."""
+    """One object or, a time in five, two in a relation -> objects, caption. Colour, shape and size are named or
+    left out; place, background and turn are never named."""
     if rng.random() < 0.2:
         first, second = (pairs[n] for n in rng.choice(len(pairs), 2, replace=False))
         relation = list(RELATIONS)[rng.integers(4)]
@@ -631,7 +878,11 @@ def labelled_scene(rng, name, label):
         return alone(rng, CLASSES[label])
     if name == "relation":  # the same two in every picture: only the relation tells the classes apart
         return related(rng, ("red", "circle"), ("blue", "square"), list(RELATIONS)[label])
-    return in_quarters(rng, [label] if name == "position" else rng.permutation(4)[: label + 1])
+    quarters = [label] if name == "position" else rng.permutation(4)[: label + 1]
+    radii = rng.uniform(4, 6.5, len(quarters))
+    return [(*CLASSES[rng.integers(len(CLASSES))],
+             *(rng.uniform(r, SIDE / 2 - r, 2) + (q % 2 * SIDE / 2, q // 2 * SIDE / 2)), r)
+            for r, q in zip(radii, quarters, strict=True)]
 
 def unseen(seed):
     """Classes that captioned training never shows: each shape in one colour, no colour twice."""
@@ -639,52 +890,37 @@ def unseen(seed):
     return sorted(int(colour) * len(SHAPES) + shape for shape, colour in enumerate(colours))
 
 def draw_shard(job):
-    """Writes one shard of scenes; job: path, kind, numbers, seed -> how many."""
-    path, kind, numbers, seed = job
-    hidden = unseen(seed)
+    """Draws one shard; job: path, kind, how many, the first one's number, seed."""
+    path, kind, count, first, seed = job
+    name, hidden = kind.split("-")[0], unseen(seed)
     pairs = [pair for n, pair in enumerate(CLASSES) if n not in hidden]
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number in numbers:
-            rng, name = np.random.default_rng([seed, *kind.encode(), number]), kind.split("-")[0]
+    def scenes():
+        for number in range(first, first + count):
+            rng = np.random.default_rng([seed, *kind.encode(), number])
             if name in SETS:
-                text = number % len(SETS[name][0])
-                objects = labelled_scene(rng, name, text)
+                label = number % len(SETS[name][0])
+                fields = {"jpg": render(rng, labelled_scene(rng, name, label)), "cls": str(label).encode()}
             else:
                 objects, text = captioned_scene(rng, pairs)
-            files = {"jpg": render(rng, objects), "cls" if name in SETS else "txt": str(text).encode()}
-            for field, data in files.items():
-                info = tarfile.TarInfo(f"{kind}-{number:06d}.{field}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return len(numbers)
+                fields = {"jpg": render(rng, objects), "txt": text.encode()}
+            yield f"{kind}-{number:06d}", fields
+    write_shard(path, scenes())
 
 def draw(folder, scenes=40_000, seed=0, workers=None):
-    """Draws the built-in data into a new folder, the same for a seed: captioned shards train-*.tar and
-    dev-00000.tar, labelled sets in CLIP_benchmark's layout, and objects/unseen.txt, the classes never captioned."""
-    folder = Path(folder)
-    if folder.exists():
-        raise DataError(f"{folder}: exists already; give a new folder")
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")  # renamed when it is whole
-    size = min(2500, -(-scenes // 4))
-    jobs = [(part / f"train-{n // size:05d}.tar", "train", range(n, min(scenes, n + size)), seed)
-            for n in range(0, scenes, size)]
-    jobs.append((part / "dev-00000.tar", "dev", range(min(1000, scenes // 4)), seed))
-    for name, (names, templates) in SETS.items():
-        for split in ("train", "test"):
-            count = range(min(2000 if name == "objects" else 600, scenes // 4))
-            (part / name / split).mkdir(parents=True, exist_ok=True)
-            (part / name / split / "nshards.txt").write_text("1")
-            jobs.append((part / name / split / "0.tar", f"{name}-{split}", count, seed))
-        (part / name / "classnames.txt").write_text("\n".join(names))
-        (part / name / "zeroshot_classification_templates.txt").write_text("\n".join(templates))
-    (part / "objects" / "unseen.txt").write_text("\n".join(map(str, unseen(seed))))
-    with ProcessPoolExecutor(workers) as pool, tqdm(total=sum(len(j[2]) for j in jobs), desc="drawing") as bar:
-        for count in pool.map(draw_shard, jobs):
-            bar.update(count)
-    try:
-        part.rename(folder)
-    except OSError:  # another process was faster, with the same scenes
-        shutil.rmtree(part)
+    """Draws the built-in data into a new folder, the same for a seed: captioned shards train-*.tar and dev-00000.tar,
+    labelled sets in CLIP_benchmark's layout, and objects/unseen.txt, the classes never captioned."""
+    with new_folder(folder) as part:
+        size, few = min(2500, -(-scenes // 4)), scenes // 4
+        jobs = [(part / f"train-{n // size:05d}.tar", "train", min(size, scenes - n), n, seed)
+                for n in range(0, scenes, size)]
+        jobs.append((part / "dev-00000.tar", "dev", min(1000, few), 0, seed))
+        for name, (names, templates) in SETS.items():
+            for split in ("train", "test"):
+                count = min(2000 if name == "objects" else 600, few)
+                jobs.append((part / name / split / "0.tar", f"{name}-{split}", count, 0, seed))
+            label_folder(part / name, names, templates, {"train": 1, "test": 1})
+        (part / "objects" / "unseen.txt").write_text("\n".join(map(str, unseen(seed))))
+        list(in_parallel(draw_shard, jobs, "drawing", workers))
 
 def builtin(scenes, seed):
     """The folder of the built-in data in the cache; drawn where it is missing."""
@@ -694,25 +930,45 @@ def builtin(scenes, seed):
     return folder
 
 # --- Command line -----------------------------------------------------------------------------------------
+COMMANDS = {  # help; what must be given; flags with their defaults and help
+    "pack": ("make shards of a csv or tsv of path and captions, or of a folder of class folders",
+             {"source": "csv, tsv or folder", "folder": "new folder for the shards"},
+             {"--size": (0, "pixels of the short side, if an image's is longer"), "--test": (0.0, "share to set apart"),
+              "--templates": (["a photo of a {c}"], "captions of a class"), "--seed": (0, "of the order"),
+              "--caption": (False, "of class folders make captioned shards"), "--shard": (1000, "samples a shard")}),
+    "inspect": ("count what is in shards and what is wrong with it", {"source": "shards"},
+                {"--sheet": ("contact-sheet.png", "picture to save")}),
+    "tokenizer": ("train a tokenizer on the captions of shards", {"source": "shards", "file": "json to write"},
+                  {"--vocab-size": (32_768, "ids at most")}),
+    "draw": ("draw the built-in scenes", {"folder": "new folder"},
+             {"--scenes": (40_000, "training images"), "--seed": (0, "of all that is drawn")}),
+}
+
+def train_tokenizer(source, file, vocab_size):
+    texts = (text for _, _, texts in captioned(source) for text in texts)
+    state = Tokenizer.train(tqdm(texts, "reading captions", disable=None), vocab_size).state()
+    Path(f"{file}.part").write_text(json.dumps(state))
+    Path(f"{file}.part").replace(file)
+
 def main(argv=None):
-    """data.py draw FOLDER | data.py tokenizer SOURCE FILE; exit code 2, and one line, for bad input."""
+    """The command line: see the top of this file. Bad input gets one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser("data.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("draw", help="draw the built-in scenes into a new folder")
-    command.add_argument("folder")
-    command.add_argument("--scenes", type=int, default=40_000)
-    command.add_argument("--seed", type=int, default=0)
-    command = commands.add_parser("tokenizer", help="train a tokenizer on the captions of shards")
-    command.add_argument("source")
-    command.add_argument("file")
-    command.add_argument("--vocab-size", type=int, default=32_768)
-    given = parser.parse_args(argv)
+    for name, (text, needed, flags) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        for argument, help in needed.items():
+            command.add_argument(argument, help=help)
+        group = command.add_argument_group("choices")
+        for flag, (default, help) in flags.items():
+            kind = ({"action": "store_true"} if default is False else {"nargs": "+"} if isinstance(default, list)
+                    else {"type": type(default)})
+            group.add_argument(flag, default=default, help=f"{help} (%(default)s)", **kind)
+        if name != "tokenizer":
+            group.add_argument("--workers", type=int, help="processes (one a core)")
+    given = vars(parser.parse_args(argv))
+    run = {"pack": pack, "inspect": inspect, "tokenizer": train_tokenizer, "draw": draw}[given.pop("command")]
     try:
-        if given.command == "draw":
-            draw(given.folder, given.scenes, given.seed)
-        else:
-            texts = (text for _, _, texts in captioned(given.source) for text in texts)
-            Path(given.file).write_text(json.dumps(Tokenizer.train(texts, given.vocab_size).state()))
+        sys.exit(run(**given))
     except KeyboardInterrupt:
         sys.exit(130)
     except (DataError, OSError) as error:

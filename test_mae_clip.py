@@ -1,4 +1,4 @@
-"""The specification of MAE-CLIP: each test's name is one sentence, its oracle a plain loop or a hand-worked number."""
+"""The specification of MAE-CLIP: one sentence a test, its oracle a plain loop or a number worked by hand."""
 
 import contextlib
 import dataclasses
@@ -61,7 +61,12 @@ def test_patchify_lists_patches_row_by_row_and_in_each_rows_columns_channels():
     # The patch in row 1, column 2 starts at pixel (2, 4), which is 2 * 6 + 4 = 16 in each channel's 24 pixels.
     assert patches[0, 5].tolist() == [16, 40, 64, 17, 41, 65, 22, 46, 70, 23, 47, 71]
     for n in range(6):
-        want = [image[0, c, n // 3 * 2 + y, n % 3 * 2 + x].item() for y in range(2) for x in range(2) for c in range(3)]
+        want = [
+            image[0, c, n // 3 * 2 + y, n % 3 * 2 + x].item()
+            for y in range(2)
+            for x in range(2)
+            for c in range(3)
+        ]
         assert patches[0, n].tolist() == want
     assert torch.equal(mae_clip.unpatchify(patches, 2, 4, 6), image)
 
@@ -78,8 +83,19 @@ def test_sincos_positions_follow_the_formula_with_columns_in_the_first_half():
             assert torch.allclose(table[r * cols + c], torch.tensor(want), atol=1e-6)
 
 
-@pytest.mark.parametrize("count, ratio, keeps", [
-    (196, 0.75, 49), (100, 0.9, 10), (10, 0.9, 1), (20, 0.9, 2), (100, 0.8, 20), (16, 0, 16), (16, 1, 1), (2, 0.75, 1)])
+@pytest.mark.parametrize(
+    "count, ratio, keeps",
+    [
+        (196, 0.75, 49),
+        (100, 0.9, 10),
+        (10, 0.9, 1),
+        (20, 0.9, 2),
+        (100, 0.8, 20),
+        (16, 0, 16),
+        (16, 1, 1),
+        (2, 0.75, 1),
+    ],
+)
 def test_random_mask_keeps_the_rounded_number_of_patches(count, ratio, keeps):
     keep, mask = random_mask(torch.rand(3, count), ratio)
     assert keep.shape == (3, keeps)
@@ -129,7 +145,9 @@ def test_what_follows_eot_is_padding_whatever_ids_stand_there():
 
 
 def unit(*shape, seed=0):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
+    return F.normalize(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1
+    )
 
 
 def test_contrastive_loss_agrees_with_a_loop_over_both_directions():
@@ -158,16 +176,28 @@ def test_image_loss_agrees_with_a_loop_over_removed_patches_and_the_unbiased_var
         target = patches[b, n]
         mean = sum(target) / 12
         variance = sum((x - mean) ** 2 for x in target) / 11
-        total += sum((p - (x - mean) / math.sqrt(variance + 1e-6)) ** 2 for p, x in zip(prediction[b, n], target, strict=True)) / 12
-    assert mae_clip.image_loss(prediction, patches, mask).item() == pytest.approx((total / 3).item(), rel=1e-12)
+        total += (
+            sum(
+                (p - (x - mean) / math.sqrt(variance + 1e-6)) ** 2
+                for p, x in zip(prediction[b, n], target, strict=True)
+            )
+            / 12
+        )
+    assert mae_clip.image_loss(prediction, patches, mask).item() == pytest.approx(
+        (total / 3).item(), rel=1e-12
+    )
     plain = sum(((prediction[b, n] - patches[b, n]) ** 2).mean() for b, n in mask.nonzero().tolist()) / 3
-    assert mae_clip.image_loss(prediction, patches, mask, normalise=False).item() == pytest.approx(plain.item())
+    assert mae_clip.image_loss(prediction, patches, mask, normalise=False).item() == pytest.approx(
+        plain.item()
+    )
 
 
 def test_image_loss_of_predicting_zero_is_just_under_one_and_a_flat_patch_stays_finite():
     patches = torch.randn(4, 9, 768, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(4, 9, dtype=torch.bool)
-    assert mae_clip.image_loss(torch.zeros_like(patches), patches, mask).item() == pytest.approx(767 / 768, abs=1e-4)
+    assert mae_clip.image_loss(torch.zeros_like(patches), patches, mask).item() == pytest.approx(
+        767 / 768, abs=1e-4
+    )
     flat = torch.full((1, 1, 768), 0.9337, dtype=torch.bfloat16)
     assert mae_clip.image_loss(torch.zeros(1, 1, 768), flat, torch.tensor([[True]])).item() < 1e-4
 
@@ -185,7 +215,10 @@ def test_text_loss_agrees_with_a_loop_over_removed_tokens_and_asks_only_the_mask
 def test_what_is_visible_carries_no_loss():
     rng = torch.Generator().manual_seed(0)
     mask = torch.rand(3, 8, generator=rng) < 0.5
-    prediction, patches = torch.randn(3, 8, 12, generator=rng, requires_grad=True), torch.randn(3, 8, 12, generator=rng)
+    prediction, patches = (
+        torch.randn(3, 8, 12, generator=rng, requires_grad=True),
+        torch.randn(3, 8, 12, generator=rng),
+    )
     mae_clip.image_loss(prediction, patches, mask).backward()
     assert torch.equal(prediction.grad.abs().sum(dim=-1) > 0, mask)
     logits = torch.randn(3, 8, 20, generator=rng, requires_grad=True)
@@ -195,7 +228,10 @@ def test_what_is_visible_carries_no_loss():
 
 def test_both_reconstruction_losses_are_zero_with_zero_gradient_where_nothing_is_removed():
     nothing = torch.zeros(2, 3, dtype=torch.bool)
-    for loss, x in ((mae_clip.image_loss, torch.randn(2, 3, 12)), (mae_clip.text_loss, torch.zeros(2, 3).long())):
+    for loss, x in (
+        (mae_clip.image_loss, torch.randn(2, 3, 12)),
+        (mae_clip.text_loss, torch.zeros(2, 3).long()),
+    ):
         guess = torch.randn(2, 3, 12, requires_grad=True)
         value = loss(guess, x, nothing)
         value.backward()
@@ -230,7 +266,9 @@ def test_a_removed_patch_or_token_cannot_influence_what_any_encoder_gives():
         if text:
             assert torch.equal(text.encoded, text2.encoded)
             assert torch.equal(text.predicted, text2.predicted)
-        seen, _ = model.masked_pass(torch.where(hidden, images, 255 - images), tokens, image_noise, text_noise)
+        seen, _ = model.masked_pass(
+            torch.where(hidden, images, 255 - images), tokens, image_noise, text_noise
+        )
         assert not torch.allclose(image.encoded, seen.encoded)  # what is visible does
 
 
@@ -267,7 +305,9 @@ def test_the_image_feature_is_pooled_as_asked_and_the_text_feature_is_eots(pool)
     assert torch.allclose(model.encode_image(images), want, atol=1e-6)
     y = model.text_encoder(tokens)
     eot = torch.stack([y[i, tokens[i].tolist().index(EOT)] for i in range(len(y))])
-    assert torch.allclose(model.encode_text(tokens), F.normalize(eot @ model.text_proj.weight.T, dim=-1), atol=1e-6)
+    assert torch.allclose(
+        model.encode_text(tokens), F.normalize(eot @ model.text_proj.weight.T, dim=-1), atol=1e-6
+    )
 
 
 def test_the_text_tower_looks_both_ways():
@@ -295,7 +335,9 @@ def test_reconstruct_shows_the_truth_where_visible_and_elsewhere_what_the_losses
     truth = mae_clip.patch_targets(patches)
     assert torch.equal(out["image_mask"], random_mask(image_noise, 0.75)[1])
     assert torch.equal(out["image"][~out["image_mask"]], truth[~out["image_mask"]])
-    assert torch.allclose(mae_clip.image_loss(out["image"], patches, out["image_mask"]), terms["image"], atol=1e-5)
+    assert torch.allclose(
+        mae_clip.image_loss(out["image"], patches, out["image_mask"]), terms["image"], atol=1e-5
+    )
     assert torch.equal(out["text"][~out["text_mask"]], tokens[~out["text_mask"]])
     assert out["text_mask"].any() == (method != "mae")
 
@@ -319,17 +361,20 @@ ENCODER = {"image_encoder"}
 CONTRAST = ENCODER | {"text_encoder", "image_proj", "text_proj", "logit_scale"}
 
 
-@pytest.mark.parametrize("method, changes, parts", [
-    ("clip", {}, CONTRAST),
-    ("mae", {}, ENCODER | {"decoder"}),
-    ("m3ae", {}, ENCODER | {"text_embed", "decoder"}),
-    ("mae_clip", {}, CONTRAST | {"decoder"}),
-    ("slip", {}, CONTRAST | {"simclr_head"}),
-    ("mae_clip", {"image_weight": 0.0, "text_weight": 0.0}, CONTRAST),
-    ("mae_clip", {"contrastive_weight": 0.0}, ENCODER | {"text_encoder", "decoder"}),
-    ("slip", {"contrastive_weight": 0.0}, ENCODER | {"simclr_head"}),
-    ("slip", {"simclr_weight": 0.0}, CONTRAST),
-])
+@pytest.mark.parametrize(
+    "method, changes, parts",
+    [
+        ("clip", {}, CONTRAST),
+        ("mae", {}, ENCODER | {"decoder"}),
+        ("m3ae", {}, ENCODER | {"text_embed", "decoder"}),
+        ("mae_clip", {}, CONTRAST | {"decoder"}),
+        ("slip", {}, CONTRAST | {"simclr_head"}),
+        ("mae_clip", {"image_weight": 0.0, "text_weight": 0.0}, CONTRAST),
+        ("mae_clip", {"contrastive_weight": 0.0}, ENCODER | {"text_encoder", "decoder"}),
+        ("slip", {"contrastive_weight": 0.0}, ENCODER | {"simclr_head"}),
+        ("slip", {"simclr_weight": 0.0}, CONTRAST),
+    ],
+)
 def test_each_method_gives_gradient_to_exactly_the_parts_that_it_trains(method, changes, parts):
     model = tiny(method, **changes)
     model(*example())["loss"].backward()
@@ -354,18 +399,26 @@ def test_the_loss_is_the_weighted_sum_of_the_unweighted_terms():
         weights = {"contrastive": 0.7, "image": 0.3, "text": 0.2, "simclr": 0.5}
         terms = tiny(method, **{name + "_weight": w for name, w in weights.items()})(*example())
         assert tuple(terms) == (*names, "loss")
-        assert terms["loss"].item() == pytest.approx(sum(weights[name] * terms[name].item() for name in names), rel=1e-5)
+        assert terms["loss"].item() == pytest.approx(
+            sum(weights[name] * terms[name].item() for name in names), rel=1e-5
+        )
         assert all(term.ndim == 0 for term in terms.values())
 
 
 def test_mae_clip_without_reconstruction_follows_clip_bit_for_bit():
     followed = []
-    for method, changes in (("clip", {}), ("mae_clip", {"image_weight": 0.0, "text_weight": 0.0}), ("slip", {"simclr_weight": 0.0})):
+    for method, changes in (
+        ("clip", {}),
+        ("mae_clip", {"image_weight": 0.0, "text_weight": 0.0}),
+        ("slip", {"simclr_weight": 0.0}),
+    ):
         model = tiny(method, **changes)
         optimizer = mae_clip.make_optimizer(model, model.config)
         losses = []
         for step in range(4):
-            row, _ = mae_clip.train_step(model, optimizer, torch.autocast("cpu", enabled=False), example(seed=step))
+            row, _ = mae_clip.train_step(
+                model, optimizer, torch.autocast("cpu", enabled=False), example(seed=step)
+            )
             losses.append(row)
         followed.append((losses, model.state_dict()))
     for losses, weights in followed[1:]:
@@ -417,10 +470,16 @@ def test_captions_without_a_word_left_give_a_zero_text_term_with_zero_gradient()
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_overfits_32_pairs(method):
     weights = {"image_weight": 1.0, "text_weight": 1.0}
-    model = tiny(method, lr=3e-3, steps=250, warmup=5, mask_ratio=0.5, text_mask_ratio=0.5, weight_decay=0.0, **weights)
+    model = tiny(
+        method, lr=3e-3, steps=250, warmup=5, mask_ratio=0.5, text_mask_ratio=0.5, weight_decay=0.0, **weights
+    )
     optimizer = mae_clip.make_optimizer(model, model.config)
     torch.manual_seed(1)
-    images = torch.randint(0, 256, (32, 3, 4, 4), dtype=torch.uint8).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    images = (
+        torch.randint(0, 256, (32, 3, 4, 4), dtype=torch.uint8)
+        .repeat_interleave(8, 2)
+        .repeat_interleave(8, 3)
+    )
     batch = (images, captions(*[5] * 32), torch.rand(32, 16), torch.rand(32, 16), (images, images.flip(3)))
     before = model(*batch)
     for step in range(250):
@@ -457,7 +516,12 @@ def test_base_and_large_have_the_sizes_of_vit_b_16_and_vit_l_16_and_work_follows
     assert [sum(x.numel() for x in s.state_dict().values()) for s in sizes] == [85_798_656, 303_301_632]
     batch = torch.zeros(1, 3, 224, 224), captions(75, context=77), torch.rand(1, 196), torch.rand(1, 77)
     flops = {}
-    for name, method, ratio in (("clip", "clip", 0), ("two", "mae_clip", 0), ("one", "mae_clip", 0.75), ("mae", "mae", 0)):
+    for name, method, ratio in (
+        ("clip", "clip", 0),
+        ("two", "mae_clip", 0),
+        ("one", "mae_clip", 0.75),
+        ("mae", "mae", 0),
+    ):
         model = MAECLIP(Config(**SCALES["base"], method=method, contrastive_mask_ratio=ratio))
         with FlopCounterMode(display=False) as counter:
             model(*batch)
@@ -518,20 +582,47 @@ def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine():
     assert rates[4:] == pytest.approx([0.4 * (1 + math.cos(math.pi * k / 8)) for k in range(9)])
 
 
-def test_only_matrices_decay():
-    model = tiny()
-    decays, not_ = mae_clip.make_optimizer(model, model.config).param_groups
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_only_matrices_decay(optimizer):
+    model = tiny(optimizer=optimizer)
+    blocks, others, free = mae_clip.make_optimizer(model, model.config).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
-    assert decays["weight_decay"] == 0.1 and not_["weight_decay"] == 0
-    assert {names[id(p)].split(".")[-1] for p in decays["params"]} == {"weight"}
-    assert all(p.ndim > 1 for p in decays["params"])
-    free = {names[id(p)] for p in not_["params"]}
-    assert {"logit_scale", "image_encoder.cls_token", "text_encoder.embed.position", "image_encoder.norm.weight"} <= free
-    assert len(decays["params"]) + len(not_["params"]) == len(names)
+    assert blocks["weight_decay"] == others["weight_decay"] == 0.1 and free["weight_decay"] == 0
+    decaying = blocks["params"] + others["params"]
+    assert {names[id(p)].split(".")[-1] for p in decaying} == {"weight"}
+    assert all(p.ndim > 1 for p in decaying) and all(p.ndim == 2 for p in blocks["params"])
+    assert all(".blocks." in names[id(p)] for p in blocks["params"])
+    free = {names[id(p)] for p in free["params"]}
+    assert {
+        "logit_scale",
+        "image_encoder.cls_token",
+        "text_encoder.embed.position",
+        "text_encoder.norm.bias",
+    } <= free
+    assert len(decaying) + len(free) == len(names)
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_told():
-    model = tiny("clip")
+def test_muon_moves_a_matrix_by_its_orthogonalised_momentum_and_decays_it():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(6, 4))
+    before, momentum = weight.detach().clone(), torch.zeros(6, 4)
+    optimizer = mae_clip.Muon([{"params": [weight]}], lr=0.1, weight_decay=0.5, fused=True)
+    for _ in range(3):
+        gradient = torch.randn(6, 4)
+        weight.grad, optimizer.found_inf = gradient.clone(), torch.tensor(0.0)
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        u, _, v = torch.linalg.svd(0.05 * gradient + 0.95 * momentum, full_matrices=False)
+        moved = (weight.detach() - before * (1 - 0.1 * 0.5)) / (-0.1 * 0.2 * math.sqrt(6))
+        singular = torch.linalg.svdvals(u.T @ moved @ v.T)  # in the momentum's own directions, all near 1
+        assert 0.6 < singular.min() and singular.max() < 1.3
+        assert (u.T @ moved @ v.T).diagonal().min() > 0.6
+        before = weight.detach().clone()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_told(optimizer):
+    model = tiny("clip", optimizer=optimizer)
     optimizer = mae_clip.make_optimizer(model, model.config)
     off = torch.autocast("cpu", enabled=False)
     row, finite = mae_clip.train_step(model, optimizer, off, example())
@@ -546,11 +637,25 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_told():
 # --- Bad values --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes, says", [
-    ({"method": "dino"}, "--method dino"), ({"mask_ratio": 1.5}, "--mask-ratio 1.5"), ({"text_mask_ratio": -0.1}, "--text-mask-ratio"),
-    ({"patch_size": 7}, "--patch-size 7"), ({"width": 98}, "--width 98"), ({"heads": 5}, "--width 96"), ({"steps": 0}, "--steps 0"),
-    ({"batch_size": 1}, "--batch-size 1"), ({"lr": -1.0}, "--lr"), ({"method": "mae", "image_weight": 0.0}, "--method mae"),
-    ({"lr": math.nan}, "--lr nan"), ({"pool": "sum"}, "--pool sum"), ({"decoder_width": 6}, "--decoder-width 6"), ({"crop": 0.0}, "--crop 0")])
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"method": "dino"}, "--method dino"),
+        ({"mask_ratio": 1.5}, "--mask-ratio 1.5"),
+        ({"text_mask_ratio": -0.1}, "--text-mask-ratio"),
+        ({"patch_size": 7}, "--patch-size 7"),
+        ({"width": 98}, "--width 98"),
+        ({"heads": 5}, "--width 96"),
+        ({"steps": 0}, "--steps 0"),
+        ({"batch_size": 1}, "--batch-size 1"),
+        ({"lr": -1.0}, "--lr"),
+        ({"method": "mae", "image_weight": 0.0}, "--method mae"),
+        ({"lr": math.nan}, "--lr nan"),
+        ({"pool": "sum"}, "--pool sum"),
+        ({"decoder_width": 6}, "--decoder-width 6"),
+        ({"crop": 0.0}, "--crop 0"),
+    ],
+)
 def test_a_value_that_does_not_fit_is_named(changes, says):
     with pytest.raises(ValueError, match=f"^{re.escape(says)}[^\n]*$"):
         Config(**changes)
@@ -580,11 +685,26 @@ def from_transformers(blocks, layers):
 
 def test_the_encoder_equals_transformers_vit_and_the_losses_its_mae():
     transformers = pytest.importorskip("transformers")
-    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "intermediate_size": 256, "layer_norm_eps": 1e-6}
-    peer = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(
-        **sizes, decoder_hidden_size=32, decoder_num_hidden_layers=2, decoder_num_attention_heads=1,
-        decoder_intermediate_size=128, norm_pix_loss=True, mask_ratio=0.75)).eval()
+    sizes = {
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 256,
+        "layer_norm_eps": 1e-6,
+    }
+    peer = transformers.ViTMAEForPreTraining(
+        transformers.ViTMAEConfig(
+            **sizes,
+            decoder_hidden_size=32,
+            decoder_num_hidden_layers=2,
+            decoder_num_attention_heads=1,
+            decoder_intermediate_size=128,
+            norm_pix_loss=True,
+            mask_ratio=0.75,
+        )
+    ).eval()
     model = tiny("mae", decoder_depth=2).eval()
     encoder, decoder = peer.vit, peer.decoder
     ours = model.image_encoder
@@ -592,24 +712,29 @@ def test_the_encoder_equals_transformers_vit_and_the_losses_its_mae():
     ours.cls_token.data = encoder.embeddings.cls_token.data
     from_transformers(ours.blocks, encoder.layers)
     ours.norm.load_state_dict(encoder.layernorm.state_dict())
-    model.decoder.image_embed.load_state_dict(decoder.decoder_embed.state_dict())
-    model.decoder.image_mask_token.data = decoder.mask_token.data
+    model.decoder.image.embed.load_state_dict(decoder.decoder_embed.state_dict())
+    model.decoder.image.mask_token.data = decoder.mask_token.data
     from_transformers(model.decoder.blocks, decoder.decoder_layers)
     model.decoder.norm.load_state_dict(decoder.decoder_norm.state_dict())
-    model.decoder.image_head.load_state_dict(decoder.decoder_pred.state_dict())
+    model.decoder.image.head.load_state_dict(decoder.decoder_pred.state_dict())
     encoder.embeddings.position_embeddings.data = ours.pos_embed
-    decoder.decoder_pos_embed.data = F.pad(model.decoder.image_position, (0, 0, 1, 0))
+    decoder.decoder_pos_embed.data = F.pad(model.decoder.patch_position, (0, 0, 1, 0))
     images, tokens, noise, *_ = example()
     images = mae_clip.normalise(images)
     with torch.no_grad():
         theirs = peer(images, noise=noise)
-        assert model(images, tokens, noise)["loss"].item() / 0.1 == pytest.approx(theirs.loss.item(), rel=1e-5)
+        assert model(images, tokens, noise)["loss"].item() / 0.1 == pytest.approx(
+            theirs.loss.item(), rel=1e-5
+        )
         keep = random_mask(noise, 0.75)[0]
         hidden = encoder(images, noise=noise).last_hidden_state
         assert torch.allclose(ours(images, keep), hidden, atol=1e-5)
         vit = transformers.ViTModel(transformers.ViTConfig(**sizes), add_pooling_layer=False).eval()
         ours.patch_embed.proj.load_state_dict(vit.embeddings.patch_embeddings.projection.state_dict())
-        ours.cls_token.data, ours.pos_embed = vit.embeddings.cls_token.data, vit.embeddings.position_embeddings.data
+        ours.cls_token.data, ours.pos_embed = (
+            vit.embeddings.cls_token.data,
+            vit.embeddings.position_embeddings.data,
+        )
         from_transformers(ours.blocks, vit.layers)
         ours.norm.load_state_dict(vit.layernorm.state_dict())
         assert torch.allclose(ours(images), vit(images).last_hidden_state, atol=1e-5)
@@ -630,7 +755,10 @@ def run(*arguments, code=0):
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
     """A cache folder of the tests' own, so that they find nothing that they did not make."""
-    before, os.environ["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME"), str(tmp_path_factory.mktemp("cache"))
+    before, os.environ["XDG_CACHE_HOME"] = (
+        os.environ.get("XDG_CACHE_HOME"),
+        str(tmp_path_factory.mktemp("cache")),
+    )
     yield Path(os.environ["XDG_CACHE_HOME"])
     os.environ.pop("XDG_CACHE_HOME")
     if before:
@@ -646,7 +774,9 @@ def test_the_command_trains_evaluates_and_reports_each_method(method, tmp_path):
     assert "parameters" in out and "expected" in out
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [10, 12]
-    assert set(METHODS[method]) | {"loss", "lr", "grad_norm", "pairs_per_second", "waiting"} <= set(records[0])
+    assert set(METHODS[method]) | {"loss", "lr", "grad_norm", "pairs_per_second", "waiting"} <= set(
+        records[0]
+    )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["steps"] == 12 and results["config"]["method"] == method
     assert ("zero_shot" in results) == (method in ("clip", "mae_clip", "slip"))
@@ -676,9 +806,21 @@ def test_a_resumed_run_equals_one_in_a_single_piece_bit_for_bit_in_the_middle_of
 
 def test_ctrl_c_saves_says_how_to_go_on_and_ends_with_130(tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, HERE / "mae_clip.py", *map(str, TINY), "--steps", "5000", "--log-every", "1", "--out", out]
+    command = [
+        sys.executable,
+        HERE / "mae_clip.py",
+        *map(str, TINY),
+        "--steps",
+        "5000",
+        "--log-every",
+        "1",
+        "--out",
+        out,
+    ]
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        process = subprocess.Popen([*command, "--resume"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*command, "--resume"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") > 2):
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
@@ -714,11 +856,22 @@ def test_nothing_is_overwritten_and_another_run_is_not_resumed(tmp_path):
     assert "none of its checkpoints" in one_line(run(*steps, "--resume", code=2))
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (("--colour", "red"), "--colour"), (("--steps", "many"), "--steps"), (("--mask-ratio", "2"), "--mask-ratio"),
-    (("--method", "dino"), "--method"), (("--patch-size", "7"), "--patch-size"), (("--data", "nowhere-*.tar"), "nowhere-*.tar"),
-    (("--device", "cuda:7"), "--device"), (("--out", "/proc/no/run"), "/proc/no"), (("--batch-size", "500"), "400 usable samples"),
-    (("--scale", "huge"), "--scale"), (("--tokenizer", "none.json"), "none.json")])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (("--colour", "red"), "--colour"),
+        (("--steps", "many"), "--steps"),
+        (("--mask-ratio", "2"), "--mask-ratio"),
+        (("--method", "dino"), "--method"),
+        (("--patch-size", "7"), "--patch-size"),
+        (("--data", "nowhere-*.tar"), "nowhere-*.tar"),
+        (("--device", "cuda:7"), "--device"),
+        (("--out", "/proc/no/run"), "/proc/no"),
+        (("--batch-size", "500"), "400 usable samples"),
+        (("--scale", "huge"), "--scale"),
+        (("--tokenizer", "none.json"), "none.json"),
+    ],
+)
 def test_bad_input_gets_one_line_that_names_it_and_exit_code_2(arguments, says, tmp_path):
     out = () if "--out" in arguments else ("--out", tmp_path / "run")
     assert says in one_line(run(*TINY, *out, *arguments, code=2))
@@ -727,10 +880,27 @@ def test_bad_input_gets_one_line_that_names_it_and_exit_code_2(arguments, says, 
 def test_training_across_two_processes_equals_one(tmp_path):
     steps = (*TINY, "--steps", 4, "--log-every", 2, "--precision", "fp32")
     run(*steps, "--out", tmp_path / "one")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           HERE / "mae_clip.py", *map(str, steps), "--out", tmp_path / "two"], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            HERE / "mae_clip.py",
+            *map(str, steps),
+            "--out",
+            tmp_path / "two",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    one, two = ([json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
+    one, two = (
+        [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    )
     for a, b in zip(one, two, strict=True):
         for name in ("contrastive", "image", "text", "loss", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-4)
