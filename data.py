@@ -4,10 +4,10 @@ Shards are webdataset tars as img2dataset writes them: KEY.jpg, jpeg, png or web
 line) or KEY.json (field `caption`). A source names shards by paths, globs and {000..123}, joined by `::`;
 `pipe:COMMAND` is what a command sends. The file runs when copied out alone.
 
-    python data.py pack captions.csv shards                    makes shards of what you have
-    python data.py inspect 'shards/*.tar'                      says what is in them, and what is wrong
-    python data.py tokenizer 'shards/*.tar' vocab.json         trains a tokenizer to share between runs
-    python data.py draw scenes                                 draws the built-in scenes
+    python data.py pack captions.csv shards               makes shards of what you have
+    python data.py inspect 'shards/*.tar'                 says what is in them, and what is wrong
+    python data.py tokenizer 'shards/*.tar' vocab.json    trains a tokenizer to share between runs
+    python data.py draw scenes                            draws the built-in scenes
 """
 
 import argparse
@@ -31,6 +31,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,8 +44,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # of Pillow's decoders no other is run
 WANTED = (*IMAGE_FIELDS, "txt", "json", "__key__", "__bad__")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # whatever a suffix says; no other of Pillow's decoders is run
 MAX_PIXELS = 89_478_485  # an image of more is refused by its header, as a decompression bomb (Pillow's limit)
 PIPE_SECONDS = 60  # a command that sends nothing for so long has failed
 WINDOW = 1000  # samples of a stream among which a worker shuffles
@@ -54,22 +55,22 @@ class DataError(ValueError):
     """What the user gave does not work; the message is one line that says what, and what to do."""
 
 class Damaged(DataError):
-    """A sample, or the rest of a tar, cannot be used and is skipped and counted; the message is the cause."""
+    """A sample, or the rest of a tar, is of no use: it is skipped, and counted by this message, the cause."""
 
 def cache_folder():
     """$XDG_CACHE_HOME/mae_clip, else ~/.cache/mae_clip."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mae_clip"
 
-def in_parallel(function, jobs, label, workers=None):
+def in_parallel(function, jobs, label, workers=0):
     """Yields function(job) of each job, in order, from worker processes, with a progress bar."""
     with ProcessPoolExecutor(min(len(jobs), workers or os.cpu_count()), initializer=be_quiet) as pool:
         try:
-            yield from tqdm(pool.map(function, jobs), label, len(jobs), disable=None)
+            yield from tqdm(pool.map(function, jobs), label, len(jobs), leave=False, disable=None)
         finally:
             pool.shutdown(cancel_futures=True)
 
 def be_quiet(worker=0):
-    """Of a worker process: Ctrl-C is the parent's, SIGTERM ends in order, one core is enough."""
+    """In a worker process: Ctrl-C is the parent's, SIGTERM ends it in order, it computes on one core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     torch.set_num_threads(1)
@@ -79,25 +80,23 @@ def expand(source):
     """A source as a list of shards: paths, globs and {000..123}, joined by `::`; a list is taken as it is."""
     if not isinstance(source, str):
         return [str(shard) for shard in source]
-    shards = []
-    for text in [text for part in source.split("::") for text in unbrace(part)] or [source]:
-        there = text.startswith("pipe:") or os.path.isfile(text)
-        found = [text] if there else sorted(filter(os.path.isfile, glob.glob(text)))
-        if not found:
-            raise DataError(f"{text}: no such shard; check the path, and quote it if it holds braces or stars")
-        shards += found
+    shards, texts = [], source.split("::")
+    while texts:
+        text = texts.pop(0)
+        match = re.search(r"\{(\d+)\.\.(\d+)\}", text)
+        if match and int(match[1]) <= int(match[2]):
+            numbers = [str(n).zfill(len(match[1])) for n in range(int(match[1]), int(match[2]) + 1)]
+            texts[:0] = [text.replace(match[0], n, 1) for n in numbers]
+        elif text.startswith("pipe:") or os.path.isfile(text):
+            shards.append(text)
+        elif found := sorted(filter(os.path.isfile, glob.glob(text))):
+            shards += found
+        else:
+            raise DataError(f"{text}: no such shard; check the path, and quote braces and stars")
     return shards
 
-def unbrace(text):
-    """The texts that one with any number of {000..123} stands for."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", text)
-    if not match:
-        return [text]
-    numbers = (str(n).zfill(len(match[1])) for n in range(int(match[1]), int(match[2]) + 1))
-    return [each for n in numbers for each in unbrace(text[: match.start()] + n + text[match.end() :])]
-
 def shown(shard):
-    """The name of a shard without its folder; of a command the program and the tar, as the rest may be secret."""
+    """A shard's name without its folder; of a command program and tar alone, as the rest may be secret."""
     if not shard.startswith("pipe:"):
         return os.path.basename(shard)
     tars = re.findall(r"[\w.-]+\.tar\b", re.sub(r"[?#]\S*", "", shard))
@@ -121,14 +120,13 @@ def opened(shard):
         while read(1 << 20):  # what follows the tar, so that the command can end
             pass
         if code := process.wait(PIPE_SECONDS):
-            raise DataError(f"{shown(shard)}: the command ended with exit code {code}; run it alone to see why")
+            raise DataError(f"{shown(shard)}: the command ended with exit code {code}; try it by itself")
     except subprocess.TimeoutExpired:
         raise DataError(f"{shown(shard)}: the command did not end in {PIPE_SECONDS} s") from None
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.communicate()
 
 class Member(tarfile.TarInfo):
     """A file in a tar. A damaged header is an error, where tarfile takes it for the end of the tar."""
@@ -140,13 +138,13 @@ class Member(tarfile.TarInfo):
         except tarfile.EOFHeaderError:
             raise
         except tarfile.HeaderError:
-            zipped = "not a plain tar; a compressed one can be read as pipe:gzip -dc FILE"
-            raise Damaged("tar breaks off" if tar.offset else zipped) from None
+            other = "not an uncompressed tar (of a compressed one give pipe:gzip -dc FILE)"
+            raise Damaged("tar breaks off" if tar.offset else other) from None
 
 def grouped(file, load=True):
-    """Yields a tar's samples {field: bytes, or without load (offset, size)} with `__key__`, by webdataset's rule: the
-    key is the path up to the first dot of the base name, fields are in lower case; of one that comes twice the first
-    counts. Where a tar breaks off, or holds no sample, a last one has the cause in `__bad__`."""
+    """Yields a tar's samples {field: bytes, or without load (offset, size)} with `__key__`, by webdataset's
+    rule: key is the path up to the first dot of the base name, fields are in lower case; of one that comes
+    twice the first counts. Where a tar breaks off or has no sample, a last one has the cause in `__bad__`."""
     sample, fields, bad = {}, None, "tar without samples"
     try:
         with tarfile.open(fileobj=file, mode="r|" if load else "r:", tarinfo=Member, bufsize=1 << 16) as tar:
@@ -157,18 +155,20 @@ def grouped(file, load=True):
                     continue
                 if sample and sample["__key__"] != match[1]:
                     yield sample
-                    fields, sample = sample.keys(), {}
-                bad = None
-                value = tar.extractfile(info).read() if load else (info.offset_data, info.size)
+                    sample, fields = {}, sample.keys()
+                value, bad = tar.extractfile(info).read() if load else (info.offset_data, info.size), None
                 sample = {"__key__": match[1], match[2].lower(): value} | sample
-    except Damaged as error:  # between files: the last sample is whole if it has what the one before it has
-        sample, bad = sample if sample.keys() == (fields or sample.keys()) else {}, str(error)
-    except (tarfile.TarError, OverflowError):  # within a file: its sample is not whole
+    except Damaged as error:  # between files: the last sample is whole if it has the fields of the one before
+        sample, bad = sample if fields in (None, sample.keys()) else {}, str(error)
+    except (tarfile.TarError, OverflowError):  # within a file
         sample, bad = {}, "tar breaks off"
-    yield from [sample] * bool(sample) + [{"__key__": "", "__bad__": bad}] * bool(bad)
+    if sample:
+        yield sample
+    if bad:
+        yield {"__key__": "", "__bad__": bad}
 
 def read_samples(source):
-    """Yields each sample of the shards, in order, as raw bytes by lower-cased field name, with `__key__`; says on
+    """Yields the shards' samples, in order, as raw bytes by lower-cased field name, with `__key__`; says on
     stderr where a tar breaks off, and goes on with the next."""
     for shard in expand(source):
         with opened(shard) as file:
@@ -193,30 +193,35 @@ def captions(sample):
     lines = text if isinstance(text, list) else str(text or "").splitlines()
     return [str(line).strip() for line in lines if str(line).strip()]
 
+def usable(sample, captioned=True):
+    """A sample's image as raw bytes and, if it must have some, its captions; Damaged where one is missing."""
+    image, texts = image_of(sample), captions(sample) if captioned else [""]
+    if "__bad__" in sample or not image or not texts:
+        raise Damaged(sample.get("__bad__") or ("no caption" if image else "no image"))
+    return image, texts
+
 def captioned(source):
     """Yields (key, image bytes, captions) of the samples that have both."""
     for sample in read_samples(source):
-        if image_of(sample) is not None and captions(sample):
-            yield sample["__key__"], image_of(sample), captions(sample)
+        with suppress(Damaged):
+            yield sample["__key__"], *usable(sample)
 
 def labelled(folder, split):
     """Yields (key, image bytes, label) of a split of a folder in CLIP_benchmark's layout."""
-    count = Path(folder) / split / "nshards.txt"
+    count = Path(folder, split, "nshards.txt")
     try:
         shards = [str(count.with_name(f"{n}.tar")) for n in range(int(count.read_text()))]
     except (OSError, ValueError):
         raise DataError(f"{count}: must hold the number of shards") from None
-    for shard in shards:
-        if not os.path.isfile(shard):
-            raise DataError(f"{shard}: missing, though nshards.txt announces {len(shards)} shards")
-    for sample in read_samples(shards):
+    for sample in read_samples("::".join(shards)):
         try:
             yield sample["__key__"], image_of(sample), int(sample["cls"])
         except (KeyError, ValueError):
             raise DataError(f"{folder}/{split}: {sample['__key__']}.cls holds no class index") from None
 
+# --- Images ----------------------------------------------------------------------------------------------
 def open_image(data):
-    """Image bytes -> PIL image, its header read; Damaged where that is no use."""
+    """Image bytes -> PIL image of which the header is read; Damaged where that is no use."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:  # Pillow raises nearly anything on damaged files
@@ -227,8 +232,9 @@ def open_image(data):
     return image
 
 def decode(data, finer=1):
-    """Image bytes, or what open_image made of them -> upright PIL image in RGB, the first frame; DataError where
-    that fails. finer: how far its sides exceed what is needed: a JPEG is then decoded at 1/2, 1/4 or 1/8."""
+    """Image bytes, or what open_image made of them -> upright PIL image in RGB, the first frame; DataError
+    where it fails. finer: how far its sides exceed what is needed: a JPEG is then decoded at 1/2, 1/4 or
+    1/8."""
     image = data if isinstance(data, Image.Image) else open_image(data)
     try:
         image.draft("RGB", (math.ceil(image.width / finer), math.ceil(image.height / finer)))
@@ -248,15 +254,16 @@ def cut(image, size, box):
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 def preprocess(image, size):
-    """The test transform: PIL image -> uint8 (3,S,S), short side resized (bicubic, antialiased), centre crop."""
+    """The test transform: PIL image -> uint8 (3,S,S), short side resized (bicubic, antialiased), its
+    centre."""
     width, height = (max(size, round(side * size / min(image.size))) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     x, y = image.width / width, image.height / height  # what is not seen is not resized, so strips stay cheap
     return cut(image, size, (left * x, top * y, (left + size) * x, (top + size) * y))
 
 def random_crop(data, size, least, rng):
-    """Image bytes -> uint8 (3,S,S): a random box, of `least` to 1 of the area and sides from 3:4 to 4:3, resized
-    as it is cut. A JPEG is decoded no finer than the box needs."""
+    """Image bytes -> uint8 (3,S,S): a random box, of `least` to 1 of the area, sides from 3:4 to 4:3,
+    resized. A JPEG is decoded no finer than the box needs."""
     image = open_image(data)
     width, height = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # as it is upright
     for area, ratio in zip(rng.uniform(least, 1, 10), (4 / 3) ** rng.uniform(-1, 1, 10), strict=True):
@@ -270,35 +277,27 @@ def random_crop(data, size, least, rng):
     across, down = image.width / width, image.height / height  # below 1 where it was decoded smaller
     return cut(image, size, (x * across, y * down, (x + w) * across, (y + h) * down))
 
-def whole(data, size):
-    """Image bytes -> the test transform of the image."""
+@lru_cache(1 << 16)
+def small_whole(data, size):
+    """The test transform of small images, which then stay decoded."""
     return preprocess(decode(data), size)
-
-whole_kept = lru_cache(1 << 16)(whole)  # where images are small and not cropped at random, they stay decoded
-opened_once = lru_cache(200)(lambda path, identity: open(path, "rb"))  # shards of a Loader, read by os.pread
 
 # --- Tokenizer -------------------------------------------------------------------------------------------
 class Tokenizer:
-    """Byte-level byte-pair encoding (Sennrich et al. 2016), lossless on any bytes.
+    """Byte-level byte-pair encoding (Sennrich et al. 2016), lossless on any bytes. `vocab_size` ids: PAD,
+    SOT, EOT, 256 bytes, then merges as they were learned; inside, they are characters of a str: a merge is a
+    replace."""
 
-    Ids: PAD, SOT, EOT, the 256 bytes, then the merges in the order in which they were learned. Inside, ids are the
-    characters of a str, so that a merge is a str.replace."""
-
-    pieces = re.compile(rb" ?[A-Za-z]{1,63}| ?[0-9]{1,63}| ?[\x80-\xff]{1,63}| ?[^\sA-Za-z0-9\x80-\xff]{1,63}|\s{1,64}")
+    pieces = re.compile(rb" ?(?:[A-Z]{1,63}|\d{1,63}|[\x80-\xff]{1,63}|[!-/:-@[-`{-~]{1,9})|\s{1,64}|.", re.I)
 
     def __init__(self, merges):
         """merges: pairs of ids, the n-th of which becomes id 259 + n."""
-        self.merges = [tuple(pair) for pair in merges]
+        self.merges, self.cache = [tuple(pair) for pair in merges], {}
         self.new = {chr(a) + chr(b): 259 + n for n, (a, b) in enumerate(self.merges)}
         self.bytes = [b"", b"", b""] + [bytes([n]) for n in range(256)]
         for a, b in self.merges:
             self.bytes.append(self.bytes[a] + self.bytes[b])
-        self.cache = {}
-
-    @property
-    def vocab_size(self):
-        """How many ids there are."""
-        return len(self.bytes)
+        self.vocab_size = len(self.bytes)
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -379,37 +378,33 @@ class Tokenizer:
             raise DataError(f"{path}: not a tokenizer's file; make one with data.py tokenizer") from None
 
 def as_bytes(text):
-    """str -> its UTF-8 bytes; bytes stay."""
     return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
 
 def as_ids(piece):
-    """bytes -> their ids as characters."""
     return "".join(chr(byte + 3) for byte in piece)
 
 def adjacent(word):
-    """The pairs of neighbours in a str."""
     return [a + b for a, b in zip(word, word[1:], strict=False)]
 
 # --- Index and loader ------------------------------------------------------------------------------------
 def fault(file, at, size, least=2048):
-    """What is wrong with the image that lies there in a shard, told from its header and its end alone, or None."""
-    head, tail = os.pread(file, min(size, least), at), os.pread(file, min(size, 1024), at + max(0, size - 1024))
+    """What is wrong with the image that lies there in a shard, by its header and its end alone, or None."""
+    head, end = os.pread(file, min(size, least), at), at + size
     try:
         open_image(head)
     except DataError as error:  # perhaps its header is longer
         return fault(file, at, size, 1 << 24) if least < min(size, 1 << 24) else str(error)
-    ends = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}  # JPEG's and PNG's end markers
-    return None if ends.get(head[:2], b"") in tail else "image incomplete"
+    marker = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(head[:2], b"")  # of a JPEG's or PNG's end
+    return None if marker in os.pread(file, min(size, 1024), end - min(size, 1024)) else "image incomplete"
 
 def index_shard(job):
-    """job: a shard, whether captions are needed -> keys and rows of what is readable, [key, cause] of the rest.
-
-    A row: offset and size of the image, offset and size of the caption, 1 where that is json. The result is kept
-    in the cache folder, under the shard's path, size and time of change."""
+    """job: a shard, whether captions are needed -> keys and rows of what is readable, [key, cause] of the
+    rest. A row: offset and size of the image, offset and size of the caption, 1 where that is json. It is all
+    kept in the cache folder, under the shard's path, size and time of change."""
     path, need = job
     about, keys, rows, bad = os.stat(path), [], [], []
-    name = f"2 {os.path.abspath(path)} {about.st_size} {about.st_mtime_ns} {need}"
-    cache = cache_folder() / "index" / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.json"
+    name = os.fsencode(f"2 {os.path.abspath(path)} {about.st_size} {about.st_mtime_ns} {need}")
+    cache = cache_folder() / "index" / f"{hashlib.sha256(name).hexdigest()[:32]}.json"
     with suppress(OSError, ValueError):
         return json.loads(cache.read_text())
     with open(path, "rb") as tar, open(path, "rb") as file:
@@ -435,21 +430,24 @@ def index_shard(job):
 Batch = namedtuple("Batch", "images tokens keys")
 
 class Loader:
-    """Batches of a source. Of local shards every readable sample comes once an epoch over all ranks and workers,
-    but for the last `count mod global batch` of its order; order, crops and captions are a pure function of (seed,
-    epoch). Streams (`pipe:`, or resample) are read shard after shard, each by one worker, shuffled in a window.
+    """Batches of a source. Of local shards every readable sample comes once an epoch over all ranks and
+    workers, but for the last `count mod global batch` of its order; order, crops and captions are a pure
+    function of (seed, epoch). Streams (`pipe:`, or resample) are read shard after shard, each by one worker,
+    shuffled in a window.
 
-    `stream`; `samples` (None for a stream); `identity`: plain values that tell the same data again; `bad`: skipped
-    samples by cause; `position`: the shard's number in a stream's sequence at which batches() would go on."""
+    `stream`; `samples` (None for a stream); `identity`: plain values that tell the same data again; `bad`:
+    skipped samples by cause; `position`: the number in a stream's sequence of shards at which batches() goes
+    on."""
 
     def __init__(self, source, batch_size, image_size, tokenizer, context, seed=0, rank=0, world=1, workers=0,
                  crop=1.0, captions=True, resample=False):
-        """batch_size: of one rank; crop: least area of a random crop, 1 for the test transform; captions: whether
-        samples need one (tokens are else SOT, EOT); resample: draw shards with replacement. DataError where usable
-        samples are fewer than a batch, or than the others."""
-        self.batch_size, self.image_size, self.tokenizer, self.context = batch_size, image_size, tokenizer, context
-        self.seed, self.rank, self.world, self.workers, self.crop = seed, rank, world, workers, crop
-        self.captions, self.resample, self.shards = captions, resample, expand(source)
+        """batch_size: of one rank; crop: least area of a random crop, 1 for the test transform; captions:
+        whether samples need one (tokens are else SOT, EOT); resample: draw shards with replacement. DataError
+        where usable samples are fewer than a batch, or than the others."""
+        self.batch_size, self.image_size, self.crop = batch_size, image_size, crop
+        self.tokenizer, self.context, self.captions = tokenizer, context, captions
+        self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
+        self.resample, self.shards = resample, expand(source)
         self.stream = resample or any(shard.startswith("pipe:") for shard in self.shards)
         self.samples, self.position, self.bad, self.good = None, 0, Counter(), 0
         self.identity = {"shards": [shown(shard) for shard in self.shards]}
@@ -459,16 +457,18 @@ class Loader:
             raise DataError("a stream across several processes needs --resample and --steps")
 
     def read_index(self):
+        """Finds what is readable in local shards."""
         index = list(in_parallel(index_shard, [(shard, self.captions) for shard in self.shards], "indexing"))
         keys = [os.fsencode(key) for found, _, _ in index for key in found]
         # Few arrays: of a list of many objects every forked worker would make a copy as it looks at them.
         self.names, self.ends = np.frombuffer(b"".join(keys), np.uint8), np.cumsum([0, *map(len, keys)])
         self.rows = np.concatenate([np.array(rows, np.int64).reshape(-1, 5) for _, rows, _ in index])
-        self.shard_of, self.samples = np.repeat(np.arange(len(index)), [len(each[0]) for each in index]), len(keys)
-        self.skip([(f"{shown(shard)} {key}", cause) for shard, (_, _, bad) in zip(self.shards, index, strict=True)
-                   for key, cause in bad], self.samples, 0)
-        if self.samples < self.batch_size * self.world:
-            raise DataError(f"{self.samples} usable samples, fewer than one batch of {self.batch_size * self.world}")
+        self.shard_of = np.repeat(np.arange(len(index)), [len(rows) for _, rows, _ in index])
+        self.samples, batch = len(keys), self.batch_size * self.world
+        for shard, (_, rows, bad) in zip(self.shards, index, strict=True):
+            self.skip([(f"{shown(shard)} {key}", cause) for key, cause in bad], len(rows), math.inf)
+        if self.samples < max(batch, sum(self.bad.values())):
+            raise DataError(f"{self.samples} usable samples, a batch is {batch}; {self.report()}")
         sizes, digest = [os.path.getsize(shard) for shard in self.shards], hashlib.sha256(b"\n".join(keys))
         self.identity |= {"sizes": sizes, "samples": self.samples, "keys": digest.hexdigest()}
 
@@ -484,42 +484,44 @@ class Loader:
             if isinstance(cause, Exception):  # a worker's last words
                 raise DataError(str(cause))
             self.bad[cause] += 1
-            if self.bad.total() <= 5:
+            if sum(self.bad.values()) <= 5:
                 tqdm.write(f"skipped: {name}: {cause}", file=sys.stderr)
         self.good += good
-        if self.bad.total() > max(self.good, least):
-            raise DataError(f"{self.good} usable samples; {self.report()}")
+        if sum(self.bad.values()) > max(self.good, least):
+            raise DataError(f"most samples are of no use, {self.good} are usable; {self.report()}")
 
     def report(self):
         """What was skipped, in a line; empty if nothing was."""
-        return "skipped: " * bool(self.bad) + ", ".join(f"{n} x {cause}" for cause, n in self.bad.most_common())
+        causes = ", ".join(f"{n} x {cause}" for cause, n in self.bad.most_common())
+        return causes and f"skipped: {causes}"
 
     def read(self, n):
         """Sample n of the index, as raw bytes."""
         at, size, text_at, text_size, is_json = self.rows[n].tolist()
-        file = opened_once(self.shards[self.shard_of[n]], self.identity["keys"]).fileno()
-        key = os.fsdecode(self.names[self.ends[n] : self.ends[n + 1]].tobytes())
-        return {"__key__": key, "jpg": os.pread(file, size, at),
-                ("txt", "json")[is_json]: os.pread(file, text_size, text_at)}
+        key = self.names[self.ends[n] : self.ends[n + 1]]
+        with open(self.shards[self.shard_of[n]], "rb", buffering=0) as file:
+            image, text = os.pread(file.fileno(), size, at), os.pread(file.fileno(), text_size, text_at)
+        return {"__key__": os.fsdecode(key.tobytes()), "jpg": image, ("txt", "json")[is_json]: text}
 
     def texts(self):
         """Yields captions for the tokenizer: all, or of a stream the first 200,000."""
         samples = read_samples(self.shards) if self.stream else map(self.read, range(self.samples))
-        return islice((text for sample in samples for text in captions(sample)), 200_000 if self.stream else None)
+        texts = (text for sample in samples for text in captions(sample))
+        return islice(texts, 200_000 if self.stream else None)
 
     def make(self, sample, rng):
         """A sample as raw bytes -> its image (3,S,S) and a caption; Damaged where it is no good."""
-        image, texts = image_of(sample), captions(sample) if self.captions else [""]
-        if "__bad__" in sample or not image or not texts:
-            raise Damaged(sample.get("__bad__") or ("no caption" if image else "no image"))
+        image, texts = usable(sample, self.captions)
         text = texts[rng.integers(len(texts))]
         if self.crop < 1:
             return random_crop(image, self.image_size, self.crop, rng), text
-        return (whole_kept if self.image_size <= 64 else whole)(image, self.image_size), text
+        if self.image_size <= 64:
+            return small_whole(image, self.image_size), text
+        return preprocess(decode(image), self.image_size), text
 
     def indexed(self, steps):
-        """Yields (sample, noise) of the batches with these numbers, which count on from epoch to epoch, each followed
-        by (None, None)."""
+        """Yields (sample, noise) of the batches with these numbers, which count on from epoch to epoch, each
+        batch followed by (None, None)."""
         last = None
         for step in steps:
             epoch, number = divmod(step, len(self))
@@ -531,20 +533,21 @@ class Loader:
             yield None, None
 
     def streamed(self, numbers):
-        """Yields (sample, noise) of the shards with these numbers in the endless sequence, shuffled in a window."""
+        """Yields (sample, noise) of the shards with these numbers in the endless sequence, shuffled in a
+        window."""
         window, count = [], len(self.shards)
         for number in numbers:
             self.position = number + 1
             rng = np.random.default_rng([self.seed, number if self.resample else number // count, self.rank])
-            shard = self.shards[rng.integers(count) if self.resample else rng.permutation(count)[number % count]]
-            with opened(shard) as file:
+            place = rng.integers(count) if self.resample else rng.permutation(count)[number % count]
+            with opened(shard := self.shards[place]) as file:
                 for n, sample in enumerate(grouped(file)):
                     sample["__key__"] = sample["__key__"] or shown(shard)
-                    noise = np.random.default_rng([self.seed, number, self.rank, n])
-                    window.append(({f: sample[f] for f in sample if f in WANTED}, noise))
+                    wanted = {field: sample[field] for field in sample if field in WANTED}
+                    window.append((wanted, np.random.default_rng([self.seed, number, self.rank, n])))
                     if len(window) > WINDOW:
                         yield window.pop(rng.integers(WINDOW))
-        yield from (window[n] for n in np.random.default_rng([self.seed, self.position]).permutation(len(window)))
+        yield from (window[n] for n in np.random.default_rng(self.seed).permutation(len(window)))
 
     def work(self, numbers):
         """What a worker does: yields images, tokens, keys, (name, cause) of what failed, the position."""
@@ -560,7 +563,7 @@ class Loader:
                 except Damaged as error:
                     failed.append((sample["__key__"], str(error)))
             elif made:
-                made = [made[n % len(made)] for n in range(self.batch_size)]  # others take a failed one's slot
+                made = [made[n % len(made)] for n in range(self.batch_size)]  # in place of failed ones
             elif failed:
                 raise DataError(f"no image of a whole batch decodes: {failed[0][1]}")
             if len(made) == self.batch_size or (self.stream and len(failed) > 100):
@@ -570,32 +573,36 @@ class Loader:
 
     def deliver(self, start, stop):
         """Yields the batches, or a stream's shards, start ... stop as Batches, from the workers."""
-        images, tokens, keys, B, workers = None, None, [], self.batch_size, min(self.workers, stop - start)
-        for *sent, failed, position in DataLoader(Feed(self, start, stop), None, num_workers=workers,
-                                                  collate_fn=tuple, worker_init_fn=be_quiet,
-                                                  pin_memory=torch.cuda.is_available()):
+        rest, B, workers = None, self.batch_size, min(self.workers, stop - start)
+        for images, tokens, keys, failed, position in DataLoader(
+                Feed(self, start, stop), None, num_workers=workers, collate_fn=tuple, worker_init_fn=be_quiet,
+                pin_memory=torch.cuda.is_available()):
             self.position = max(self.position, position)
-            self.skip(failed, len(sent[2]))
-            if sent[2]:
-                images, tokens = (torch.cat(both) if keys else both[1] for both in ((images, sent[0]), (tokens, sent[1])))
-                keys = keys + sent[2]
-            while len(keys) >= B:
-                yield Batch(images[:B], tokens[:B], keys[:B])
-                images, tokens, keys = images[B:], tokens[B:], keys[B:]
+            self.skip(failed, len(keys))
+            if not keys:
+                continue
+            if rest:
+                keys = rest[0] + keys
+                images, tokens = torch.cat([rest[1], images]), torch.cat([rest[2], tokens])
+            whole = len(keys) // B * B
+            for n in range(0, whole, B):
+                yield Batch(images[n : n + B], tokens[n : n + B], keys[n : n + B])
+            rest = whole < len(keys) and (keys[whole:], images[whole:], tokens[whole:])
 
     def epoch(self, n, skip=0):
-        """Yields this rank's batches of epoch n after the first `skip`, all of full size; of a stream, those of one
-        pass over its shards."""
+        """Yields this rank's batches of epoch n after the first `skip`, all of full size; of a stream, those
+        of one pass over its shards."""
         size = len(self.shards) if self.stream else len(self)
         return self.deliver(n * size + skip, (n + 1) * size)
 
     def batches(self, step, position=0):
-        """Yields batches without end from this step on; of a stream, from this number in its sequence of shards."""
+        """Yields batches without end from this step on; of a stream, from this number in its sequence of
+        shards."""
         self.position = position
         return self.deliver(position if self.stream else step, sys.maxsize)
 
 class Feed(IterableDataset):
-    """A Loader's work as a DataLoader wants it."""
+    """A Loader's work as a DataLoader wants it, the share of one worker."""
 
     def __init__(self, loader, start, stop):
         self.loader, self.start, self.stop = loader, start, stop
@@ -611,11 +618,11 @@ class Feed(IterableDataset):
 def simclr_view(images, noise, least=0.08):
     """One of SimCLR's views of each image, on the batch and on its device: crop, flip and colours.
 
-    images uint8 (B,3,H,W), noise (B,12) uniform, the only chance; least: share of the area that a crop keeps ->
-    uint8 (B,3,H,W). Strengths are SLIP's: jitter 0.4, 0.4, 0.4, 0.1 with p 0.8, grey 0.2; no blur."""
+    images uint8 (B,3,H,W), noise (B,12) uniform, the only chance; least: share of the area that a crop keeps
+    -> uint8 (B,3,H,W). Strengths are SLIP's: jitter 0.4, 0.4, 0.4, 0.1 with p 0.8, grey 0.2; no blur."""
     u, x = noise.T, images.float() / 255
     area, ratio = least + (1 - least) * u[0], torch.exp((2 * u[1] - 1) * math.log(4 / 3))
-    w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)  # shares of width and height
+    w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)  # shares of the sides
     left, top, flip = (1 - w) * (2 * u[2] - 1), (1 - h) * (2 * u[3] - 1), torch.where(u[4] < 0.5, -1.0, 1.0)
     zero = torch.zeros_like(w)
     affine = torch.stack([w * flip, zero, left, zero, h, top], dim=1).view(-1, 2, 3)
@@ -638,7 +645,7 @@ def simclr_view(images, noise, least=0.08):
     x = mean + contrast.view(-1, 1, 1, 1) * (x - mean)
     return (x.clamp(0, 1) * 255).round().byte()
 
-# --- Writing shards ---------------------------------------------------------------------------------------
+# --- Writing and inspecting shards ------------------------------------------------------------------------
 def write_shard(path, samples):
     """Writes samples (key, {field: bytes}) as a tar."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -650,7 +657,7 @@ def write_shard(path, samples):
 
 @contextmanager
 def new_folder(folder):
-    """A folder to fill, which takes its name only when it is whole; DataError where there is one of that name."""
+    """A folder to fill, which takes its name when it is whole; DataError where there is one of that name."""
     folder = Path(folder)
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     if folder.exists():
@@ -664,7 +671,7 @@ def new_folder(folder):
         shutil.rmtree(part, ignore_errors=True)
 
 def label_folder(folder, names, templates, shards):
-    """Makes CLIP_benchmark's layout: the folders of the splits, {split: shards}, and the files that describe them."""
+    """Makes CLIP_benchmark's layout: a folder for each split of {split: shards}, and what describes them."""
     for split, count in shards.items():
         (folder / split).mkdir(parents=True)
         (folder / split / "nshards.txt").write_text(str(count))
@@ -672,112 +679,110 @@ def label_folder(folder, names, templates, shards):
     (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates))
 
 def pack_shard(job):
-    """Writes one shard; job: path, (number, image's place, text) each, field of the text, size -> broken ones."""
+    """Writes one shard; job: path, (number, image's path, text) each, field of the text, size -> broken
+    ones."""
     path, items, field, size = job
     broken = []
     def samples():
         for number, place, text in items:
             try:
-                content = place.read_bytes() if isinstance(place, Path) else place
-                kind, image = open_image(content).format.lower(), decode(content)
-                if kind not in IMAGE_FIELDS or 0 < size < min(image.size):
-                    scale, out = min(1, (size or min(image.size)) / min(image.size)), io.BytesIO()
-                    sides = [round(side * scale) for side in image.size]
-                    image.resize(sides, Image.Resampling.BICUBIC).save(out, "JPEG", quality=92)
-                    kind, content = "jpeg", out.getvalue()
                 if not text:
                     raise Damaged("no caption")
-                yield f"{number:08d}", {"jpg" if kind == "jpeg" else kind: content, field: text.encode()}
+                content = place.read_bytes()
+                kind, image = open_image(content).format, decode(content)
+                if kind not in ("JPEG", "PNG", "WEBP") or 0 < size < min(image.size):
+                    out, shrink = io.BytesIO(), min(1, (size or math.inf) / min(image.size))
+                    sides = [round(side * shrink) for side in image.size]
+                    image.resize(sides, Image.Resampling.BICUBIC).save(out, "JPEG", quality=92)
+                    kind, content = "JPEG", out.getvalue()
+                yield f"{number:08d}", {kind.lower().replace("jpeg", "jpg"): content, field: text.encode()}
             except (DataError, OSError) as error:
-                broken.append((str(place), getattr(error, "strerror", None) or str(error)))
+                broken.append(f"{place}: {getattr(error, 'strerror', None) or error}")
     write_shard(path, samples())
     return broken
 
-def pack(source, folder, templates=(), caption=False, size=0, test=0.0, shard=1000, seed=0, workers=None):
-    """Makes shards in a new folder: of a csv or tsv of path and captions train-*.tar; of a folder of class folders a
-    labelled set, or with `caption` train-*.tar, captioned by the templates. size: of the short side, if it is longer;
-    test: share that goes into a split of its own (a labelled set without it is all test)."""
-    source, templates = Path(source), list(templates) or ["a photo of a {c}"]
-    if source.is_dir():
-        names = sorted(path.name for path in source.iterdir() if path.is_dir())
-        items = [(path, "\n".join(t.replace("{c}", name) for t in templates) if caption else str(label))
-                 for label, name in enumerate(names) for path in sorted((source / name).rglob("*")) if path.is_file()]
-    else:
-        names, rows = [], defaultdict(list)
-        with source.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-            for row in csv.reader(file, delimiter="\t" if source.suffix == ".tsv" else ","):
-                rows[row[0] if row else ""] += [" ".join(text.split()) for text in row[1:] if text.strip()]
-        first = next(iter(rows), "")
-        if not (source.parent / first).is_file():
-            del rows[first]  # the names of the columns
-        items = [(source.parent / path, "\n".join(texts)) for path, texts in rows.items() if path]
-    if not items:
-        raise DataError(f"{source}: neither class folders with images nor a table of paths and captions")
-    order, labels = np.random.default_rng(seed).permutation(len(items)).tolist(), bool(names) and not caption
-    cut_at = round(test * len(items)) if test or not labels else len(items)
-    jobs, splits = [], {"test": order[:cut_at], "train": order[cut_at:]}
-    with new_folder(folder) as part:
-        for split, chosen in splits.items():
-            for n in range(0, len(chosen), shard):
-                path = part / split / f"{n // shard}.tar" if labels else part / f"{split}-{n // shard:05d}.tar"
-                jobs.append((path, [(i, *items[i]) for i in chosen[n : n + shard]], "cls" if labels else "txt", size))
-        if labels:
-            counts = {split: -(-len(chosen) // shard) for split, chosen in splits.items() if chosen}
-            label_folder(part, names, templates, counts)
-        broken = [each for found in in_parallel(pack_shard, jobs, "packing", workers) for each in found]
-        for place, cause in broken[:20]:
-            print(f"left out: {place}: {cause}", file=sys.stderr)
-        if len(broken) == len(items):
-            raise DataError(f"{source}: none of {len(items)} images can be used: {broken[0][1]}")
-    print(f"{folder}: {len(items) - len(broken)} samples in {len(jobs)} shards, {len(broken)} left out")
+def pack(source, folder, size=0, caption=False, templates="a photo of a {c}", test=0.0, shard=1000, seed=0,
+         workers=0):
+    """Makes shards, in a new folder, of images that lie in files.
 
-# --- Inspecting shards ------------------------------------------------------------------------------------
+    SOURCE is a csv or tsv of path and captions, which gives train-*.tar; or a folder of class folders, which
+    gives a labelled set in CLIP_benchmark's layout, or with --caption train-*.tar, captioned by the templates
+    (joined by `::`). --size: pixels of the short side where it is longer; --test: share of a test split
+    (without it, a labelled set is all test); --shard: samples a shard; --seed: of the order; --workers: 0 is
+    one a core."""
+    source, templates, rows = Path(source), templates.split("::"), defaultdict(list)
+    names = sorted(path.name for path in source.iterdir() if path.is_dir()) if source.is_dir() else []
+    for label, name in enumerate(names):
+        texts = [template.replace("{c}", name) for template in templates] if caption else [str(label)]
+        rows |= {path: texts for path in sorted((source / name).rglob("*")) if path.is_file()}
+    if not source.is_dir():
+        with source.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+            for row in filter(None, csv.reader(file, delimiter="\t" if source.suffix == ".tsv" else ",")):
+                rows[source.parent / row[0]] += [" ".join(text.split()) for text in row[1:] if text.strip()]
+        if rows and not next(iter(rows)).is_file():
+            del rows[next(iter(rows))]  # names of the columns
+    if not rows:
+        raise DataError(f"{source}: neither a table of paths and captions nor class folders of images")
+    items = [(n, path, "\n".join(texts)) for n, (path, texts) in enumerate(rows.items())]
+    items = [items[n] for n in np.random.default_rng(seed).permutation(len(items))]
+    labels, jobs = names and not caption, []
+    first = round(test * len(items)) if test or not labels else len(items)
+    splits = {"test": items[:first], "train": items[first:]}
+    with new_folder(folder) as part:
+        if labels:
+            counts = {split: -(-len(rows) // shard) for split, rows in splits.items() if rows}
+            label_folder(part, names, templates, counts)
+        for split, rows in splits.items():
+            for n in range(0, len(rows), shard):
+                path = f"{split}/{n // shard}.tar" if labels else f"{split}-{n // shard:05d}.tar"
+                jobs.append((part / path, rows[n : n + shard], "cls" if labels else "txt", size))
+        broken = [each for found in in_parallel(pack_shard, jobs, "packing", workers) for each in found]
+        if len(broken) == len(items):
+            raise DataError(f"{source}: nothing of it can be used; {broken[0]}")
+    print("\n".join(f"left out: {each}" for each in broken), file=sys.stderr)
+    print(f"{folder}: {len(items) - len(broken)} samples in {len(jobs)} shards; {len(broken)} left out")
+
 def inspect_shard(shard):
-    """-> counts of causes, (width, height, length of the captions) of each good sample, keys, seconds it took to
-    decode them, some (small image, caption)."""
-    causes, rows, keys, shots, seconds = Counter(), [], [], [], 0.0
+    """-> causes of what is bad; of the rest key, sides and lengths of captions; seconds; pictures with
+    captions."""
+    causes, rows, shots, began = Counter(), [], [], time.perf_counter()
     with opened(shard) as file:
         for sample in grouped(file):
-            began = time.perf_counter()
-            texts = captions(sample) or [f"class {sample[field].decode('utf-8', 'replace')}" for field in sample if field == "cls"]
             try:
-                if "__bad__" in sample or image_of(sample) is None or not texts:
-                    raise Damaged(sample.get("__bad__") or ("no image" if image_of(sample) is None else "no caption"))
-                image = decode(image_of(sample))
+                content, texts = usable(sample, "cls" not in sample)
+                image = decode(content)
+                rows.append((sample["__key__"], image.size, [len(text) for text in texts]))
+                if len(shots) < 25:
+                    shots.append((ImageOps.contain(image, (150, 150)), texts[0] or str(sample["cls"][:20])))
             except Damaged as error:
                 causes[str(error)] += 1
-                print(f"{shown(shard)} {sample['__key__']}: {error}", file=sys.stderr)
-                continue
-            seconds += time.perf_counter() - began
-            rows.append((*image.size, *map(len, texts)))
-            keys.append(sample["__key__"])
-            if len(shots) < 25:
-                shots.append((ImageOps.contain(image, (150, 150)), texts[0]))
-    return causes, rows, keys, shots, seconds
+                print(f"{shown(shard)} {sample['__key__']!a}: {error}", file=sys.stderr)
+    return causes, rows, time.perf_counter() - began, shots
 
-def inspect(source, sheet="contact-sheet.png", workers=None):
-    """Prints what is in shards and saves a contact sheet -> exit code: 0, or 1 where something is wrong."""
-    found = list(in_parallel(inspect_shard, expand(source), "inspecting", workers))
-    causes, keys = sum((each[0] for each in found), Counter()), [key for each in found for key in each[2]]
-    rows, shots = [row for each in found for row in each[1]], [shot for each in found for shot in each[3]]
+def inspect(source, sheet="contact-sheet.png", workers=0):
+    """Says what is in shards and what is wrong, and saves some pictures with their captions as --sheet. The
+    exit code is 1 where something is wrong, 2 where nothing can be read."""
+    found = in_parallel(inspect_shard, expand(source), "inspecting", workers)
+    causes, rows, seconds, shots = zip(*found, strict=True)
+    causes, rows, shots = sum(causes, Counter()), sum(rows, []), sum(shots, [])
     if not rows:
         raise DataError(f"{source}: no usable sample; {dict(causes)}")
-    twice = len(keys) - len(set(keys))
-    print(f"{len(found)} shards, {len(rows)} usable samples, {sum(len(row) - 2 for row in rows)} captions")
-    for what, values in (("width", [row[0] for row in rows]), ("height", [row[1] for row in rows]),
-                         ("characters a caption", [length for row in rows for length in row[2:]])):
-        least, median, most = np.percentile(values, (0, 50, 100))
-        print(f"{what}: {least:.0f} to {most:.0f}, median {median:.0f}")
-    print(f"decoding them takes {sum(each[4] for each in found):.1f} s on one core")
-    print("bad samples:", ", ".join(f"{count} x {cause}" for cause, count in causes.items()) or "none")
-    print(f"keys that come twice: {twice}")
-    page = Image.new("RGB", (5 * 160, 5 * 190), "white")
+    print(f"{len(seconds)} shards, {len(rows)} usable samples; decoding takes {sum(seconds):.1f} s")
+    widths, heights = zip(*(size for _, size, _ in rows), strict=True)
+    lengths, counts = [length for *_, each in rows for length in each], [len(each) for *_, each in rows]
+    for name, values in {"width": widths, "height": heights, "captions": counts, "letters": lengths}.items():
+        print(f"{name}: {min(values)} to {max(values)}, median {np.median(values):g}, in all {sum(values)}")
+    twice = len(rows) - len({key for key, *_ in rows})
+    print("bad samples:", ", ".join(f"{n} x {cause}" for cause, n in causes.items()) or "none")
+    print(f"keys that come again: {twice}")
+    page = Image.new("RGB", (800, 950), "white")
     for n, (image, text) in enumerate(shots[:: -(-len(shots) // 25)]):
-        page.paste(image, (n % 5 * 160 + 5, n // 5 * 190 + 5))
-        lines = "\n".join(text[start : start + 25] for start in (0, 25))
-        ImageDraw.Draw(page).text((n % 5 * 160 + 5, n // 5 * 190 + 158), lines.encode("latin-1", "replace"), "black")
+        x, y = n % 5 * 160 + 5, n // 5 * 190 + 5
+        page.paste(image, (x, y))
+        lines = "\n".join(text.encode("ascii", "replace").decode()[start : start + 24] for start in (0, 24))
+        ImageDraw.Draw(page).text((x, y + 152), lines, "black")
     page.save(sheet)
-    print(f"contact sheet: {sheet}")
+    print(f"pictures with captions: {sheet}")
     return 1 if causes or twice else 0
 
 # --- Built-in scenes --------------------------------------------------------------------------------------
@@ -847,7 +852,8 @@ def related(rng, first, second, relation):
     """Two objects, the first in that relation to the second."""
     step = np.array(RELATIONS[relation])
     aside, centre = 8 * step + rng.uniform(-5, 5) * step[::-1], rng.uniform(15, 17, 2)
-    return [(*first, *(centre + aside), rng.uniform(5, 7.5)), (*second, *(centre - aside), rng.uniform(5, 7.5))]
+    pairs = (first, centre + aside), (second, centre - aside)
+    return [(*pair, *place, rng.uniform(5, 7.5)) for pair, place in pairs]
 
 def alone(rng, pair):
     radius = rng.uniform(6, 11)
@@ -857,8 +863,8 @@ def articled(words):
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 def captioned_scene(rng, pairs):
-    """One object or, a time in five, two in a relation -> objects, caption. Colour, shape and size are named or
-    left out; place, background and turn are never named."""
+    """One object or, a time in five, two in a relation -> objects, caption. Colour, shape and size are named
+    or left out; place, background and turn are never named."""
     if rng.random() < 0.2:
         first, second = (pairs[n] for n in rng.choice(len(pairs), 2, replace=False))
         relation = list(RELATIONS)[rng.integers(4)]
@@ -906,9 +912,10 @@ def draw_shard(job):
             yield f"{kind}-{number:06d}", fields
     write_shard(path, scenes())
 
-def draw(folder, scenes=40_000, seed=0, workers=None):
-    """Draws the built-in data into a new folder, the same for a seed: captioned shards train-*.tar and dev-00000.tar,
-    labelled sets in CLIP_benchmark's layout, and objects/unseen.txt, the classes never captioned."""
+def draw(folder, scenes=40_000, seed=0, workers=0):
+    """Draws the built-in data into a new folder, the same for a seed: captioned shards train-*.tar and
+    dev-00000.tar, labelled sets in CLIP_benchmark's layout, and objects/unseen.txt, the classes never
+    captioned."""
     with new_folder(folder) as part:
         size, few = min(2500, -(-scenes // 4)), scenes // 4
         jobs = [(part / f"train-{n // size:05d}.tar", "train", min(size, scenes - n), n, seed)
@@ -930,45 +937,35 @@ def builtin(scenes, seed):
     return folder
 
 # --- Command line -----------------------------------------------------------------------------------------
-COMMANDS = {  # help; what must be given; flags with their defaults and help
-    "pack": ("make shards of a csv or tsv of path and captions, or of a folder of class folders",
-             {"source": "csv, tsv or folder", "folder": "new folder for the shards"},
-             {"--size": (0, "pixels of the short side, if an image's is longer"), "--test": (0.0, "share to set apart"),
-              "--templates": (["a photo of a {c}"], "captions of a class"), "--seed": (0, "of the order"),
-              "--caption": (False, "of class folders make captioned shards"), "--shard": (1000, "samples a shard")}),
-    "inspect": ("count what is in shards and what is wrong with it", {"source": "shards"},
-                {"--sheet": ("contact-sheet.png", "picture to save")}),
-    "tokenizer": ("train a tokenizer on the captions of shards", {"source": "shards", "file": "json to write"},
-                  {"--vocab-size": (32_768, "ids at most")}),
-    "draw": ("draw the built-in scenes", {"folder": "new folder"},
-             {"--scenes": (40_000, "training images"), "--seed": (0, "of all that is drawn")}),
-}
-
-def train_tokenizer(source, file, vocab_size):
+def train_tokenizer(source, file, vocab_size=32_768):
+    """Trains a tokenizer of at most --vocab-size ids on the captions of shards, and writes it as json."""
     texts = (text for _, _, texts in captioned(source) for text in texts)
-    state = Tokenizer.train(tqdm(texts, "reading captions", disable=None), vocab_size).state()
+    state = Tokenizer.train(tqdm(texts, "captions", disable=None), vocab_size).state()
+    if not state["merges"]:
+        raise DataError(f"{source}: no captions to learn from")
     Path(f"{file}.part").write_text(json.dumps(state))
     Path(f"{file}.part").replace(file)
 
 def main(argv=None):
-    """The command line: see the top of this file. Bad input gets one line on stderr and exit code 2."""
+    """Runs a command; its flags are its function's parameters. Bad input: one line on stderr and exit code
+    2."""
     parser = argparse.ArgumentParser("data.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (text, needed, flags) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        for argument, help in needed.items():
-            command.add_argument(argument, help=help)
-        group = command.add_argument_group("choices")
-        for flag, (default, help) in flags.items():
-            kind = ({"action": "store_true"} if default is False else {"nargs": "+"} if isinstance(default, list)
-                    else {"type": type(default)})
-            group.add_argument(flag, default=default, help=f"{help} (%(default)s)", **kind)
-        if name != "tokenizer":
-            group.add_argument("--workers", type=int, help="processes (one a core)")
+    functions = {"pack": pack, "inspect": inspect, "tokenizer": train_tokenizer, "draw": draw}
+    for name, function in functions.items():
+        command = commands.add_parser(name, help=function.__doc__.split(".")[0], description=function.__doc__,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+        for flag in signature(function).parameters.values():
+            default, name = flag.default, f"--{flag.name.replace('_', '-')}"
+            if default is flag.empty:
+                command.add_argument(flag.name)
+            elif default is False:
+                command.add_argument(name, action="store_true")
+            else:
+                command.add_argument(name, type=type(default), default=default, help="default: %(default)s")
     given = vars(parser.parse_args(argv))
-    run = {"pack": pack, "inspect": inspect, "tokenizer": train_tokenizer, "draw": draw}[given.pop("command")]
     try:
-        sys.exit(run(**given))
+        sys.exit(functions[given.pop("command")](**given))
     except KeyboardInterrupt:
         sys.exit(130)
     except (DataError, OSError) as error:
