@@ -76,10 +76,8 @@ class Config:
     save_every: int = flag(500, "steps between checkpoints", low=1)
     data: str = flag("", "shards: paths, globs, {000..123}, joined by ::; empty: the built-in scenes")
     eval_data: str = flag("", "sets to evaluate on, joined by commas: captioned shards or labelled folders")
-    tokenizer: str = flag("", "vocabulary file to share between runs; empty: trained on the captions")
     scenes: int = flag(40_000, "built-in data: training images", low=100)
     data_seed: int = flag(0, "built-in data: seed, which also fixes the pairs never trained on", low=0)
-    resample: bool = flag(False, "draw shards with replacement, read in sequence: for runs of billions")
     workers: int = flag(-1, "processes that decode; -1: none on a CPU, 8 for a GPU", low=-1)
     crop: float = flag(1.0, "least area of a random resized crop; 1: centre crop", low=0.01, high=1)
     steps: int = flag(800, "optimiser steps", low=1)
@@ -561,7 +559,7 @@ class MAECLIP(nn.Module):
 # === Training: optimiser, checkpoints, data, the loop, the command line ===================================
 # What may differ between a run and its continuation with --resume; all else must be the same.
 MAY_CHANGE = {"out", "resume", "device", "precision", "compile", "log_every", "save_every", "data",
-              "eval_data", "tokenizer", "workers", "stop_after", "vocab_size"}
+              "eval_data", "workers", "stop_after", "vocab_size"}
 
 def learning_rate(step, config):
     """Linear warm-up to config.lr, then half a cosine down to 0 at config.steps."""
@@ -629,8 +627,8 @@ def save_checkpoint(out, model, optimizer, step, config, loader, seconds):
     """Writes all that a run goes on from, whole or not at all, and removes all but the last two. Order, crops
     and masks follow from the seed and the step, so there is no random state to keep."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-             "position": loader.position, "seconds": seconds, "config": asdict(config), "data": loader.identity,
-             "tokenizer": loader.tokenizer.state() if loader.tokenizer else None}
+             "seconds": seconds, "config": asdict(config), "data": loader.identity,
+             "tokenizer": loader.tokenizer.merges if loader.tokenizer else None}
     torch.save(state, out / "checkpoint.part")
     (out / "checkpoint.part").replace(out / f"checkpoint-{step}.pt")
     for old in checkpoints(out)[2:]:
@@ -651,7 +649,8 @@ def load(path, device="cpu"):
     state = read_checkpoint(path, device)
     model = MAECLIP(state["config"]).to(device)
     model.load_state_dict(state["model"])
-    return model.eval(), state["tokenizer"] and Tokenizer.from_state(state["tokenizer"]), state["config"]
+    tokenizer = None if state["tokenizer"] is None else Tokenizer(state["tokenizer"])
+    return model.eval(), tokenizer, state["config"]
 
 def open_run(out, config):
     """Makes the run's folder -> with --resume the newest whole checkpoint's content, or None. DataError where
@@ -689,15 +688,11 @@ def open_data(config, state):
         config.data, config.eval_data = f"{folder}/train-*.tar", config.eval_data or str(folder)
     workers = (8 if torch.cuda.is_available() else 0) if config.workers < 0 else config.workers
     loader = Loader(config.data, config.batch_size // world, config.image_size, None, config.context,
-                    config.seed, rank, world, workers, crop=config.crop, captions=config.method != "mae",
-                    resample=config.resample)
-    if loader.stream and config.epochs:
-        raise DataError("--epochs: the samples of a stream are not counted beforehand; give --steps")
+                    config.seed, rank, world, workers, config.crop, captions=config.method != "mae")
     if state and loader.identity != state["data"]:
         raise DataError(f"--data {config.data}: not the samples that the checkpoint was trained on")
     if config.method != "mae":
-        loader.tokenizer = (Tokenizer.from_state(state["tokenizer"]) if state
-                            else Tokenizer.load(config.tokenizer) if config.tokenizer
+        loader.tokenizer = (Tokenizer(state["tokenizer"]) if state
                             else Tokenizer.train(loader.texts(), config.vocab_size))
         config.vocab_size = loader.tokenizer.vocab_size
     if config.epochs:
@@ -748,12 +743,12 @@ def announce(config, model, net, loader, device, autocast, step):
     net.zero_grad()
     minutes = (config.steps - step) * min(seconds) / 60
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    epochs = "" if loader.stream else f", {config.steps / len(loader):.1f} epochs of {loader.samples:,} samples"
+    epochs = f"{config.steps / len(loader):.1f} epochs of {loader.samples:,} samples"
     if ranks()[0] == 0:
         print(f"method      {config.method}: " + " + ".join(f"{w:g} {t}" for t, w in config.weights().items()),
               "parameters  " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
               f"device      {device}, {'bf16' if autocast._enabled else 'fp32'}, {ranks()[1]} process(es)",
-              f"schedule    {config.steps:,} steps of {config.batch_size} pairs of {side} px{epochs}",
+              f"schedule    {config.steps:,} steps of {config.batch_size} pairs of {side} px, {epochs}",
               f"expected    {minutes:.1f} minutes of training, by the time of one step here", sep="\n")
 
 def log_line(config, model, step, epoch, rows, seconds, waited):
@@ -782,7 +777,7 @@ def train(config):
     torch.manual_seed(config.seed)
     model = MAECLIP(config).to(device)
     optimizer = make_optimizer(model, config)
-    step, before, position = (state[x] for x in ("step", "seconds", "position")) if state else (0, 0.0, 0)
+    step, before = (state["step"], state["seconds"]) if state else (0, 0.0)
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -796,7 +791,7 @@ def train(config):
     last = min(config.steps, config.stop_after or config.steps)
     signals, rows, number, failed = [], [], 0, torch.zeros((), device=device)
     old = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
-    batches, began, since, waited = loader.batches(step, position), time.time(), time.time(), 0.0
+    batches, began, since, waited = loader.batches(step), time.time(), time.time(), 0.0
     bar = tqdm(total=config.steps, initial=step, disable=rank > 0 or None, dynamic_ncols=True,
                unit="pairs", unit_scale=config.batch_size)
 
@@ -817,13 +812,12 @@ def train(config):
             rows, failed, step = [*rows, row], (failed + 1) * ~finite, step + 1
             bar.update()
             if step % config.log_every == 0 or step == last:  # the one place that waits for the device
-                epoch = None if loader.stream else step / len(loader)
-                record = log_line(config, model, step, epoch, rows, time.time() - since, waited)
+                record = log_line(config, model, step, step / len(loader), rows, time.time() - since, waited)
                 since, waited, rows = time.time(), 0.0, []
                 if rank == 0:
                     with (out / "log.jsonl").open("a") as file:
                         file.write(json.dumps(record) + "\n")
-                    line = {name: f"{value:.4g}" for name, value in record.items() if value is not None}
+                    line = {name: f"{value:.4g}" for name, value in record.items()}
                     shown = (*config.weights(), "chance", "waiting")
                     bar.set_postfix({name: line[name] for name in shown if name in line})
                     tqdm.write("  ".join(f"{name} {value}" for name, value in line.items()))
