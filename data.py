@@ -33,15 +33,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # of Pillow's decoders no other is run
-MAX_PIXELS = 89_478_485  # an image of more is refused by its header, as a decompression bomb (Pillow's limit)
 PAD, SOT, EOT = 0, 1, 2
 
 class DataError(ValueError):
     """What the user gave does not work; the message is one line that says what, and what to do."""
-
-class Damaged(DataError):
-    """A sample is of no use: it is skipped, and counted by this message, the cause."""
 
 def cache_folder():
     """$XDG_CACHE_HOME/mae_clip, else ~/.cache/mae_clip."""
@@ -57,7 +52,7 @@ def be_quiet(worker=0):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
-# --- Reading shards -------------------------------------------------------------------------------------------
+# --- Reading shards ---------------------------------------------------------------------------------------
 def expand(source):
     """A source as a list of shards: paths, globs and {000..123}, joined by `::`; a list is taken as it is."""
     if not isinstance(source, str):
@@ -77,7 +72,7 @@ def expand(source):
     return shards
 
 def grouped(file):
-    """Yields a tar's samples {field: (offset, size)} with `__key__`, by webdataset's rule: the key is the path
+    """Yields a tar's samples {field: (offset, size)} with `__key__`, by webdataset's rule: key is the path
     up to the first dot of the base name, fields are in lower case; of one that comes twice the first counts.
     Where a tar breaks off or has no sample, a last one has the cause in `__bad__`."""
     sample, bad, end = {}, "tar without samples", os.fstat(file.fileno()).st_size
@@ -106,8 +101,7 @@ def grouped(file):
         yield {"__key__": "", "__bad__": bad}
 
 def read_samples(source):
-    """Yields the shards' samples, in order, as raw bytes by lower-cased field name, with `__key__`; says on
-    stderr where a tar breaks off, and goes on with the next."""
+    """Yields the shards' samples as raw bytes by field, with `__key__`; tells where a tar breaks off."""
     for shard in expand(source):
         with open(shard, "rb") as tar, open(shard, "rb") as file:
             for sample in grouped(tar):
@@ -152,21 +146,20 @@ def labelled(folder, split):
         except (KeyError, ValueError):
             raise DataError(f"{folder}/{split}: {sample['__key__']}.cls holds no class index") from None
 
-# --- Images ---------------------------------------------------------------------------------------------------
+# --- Images -----------------------------------------------------------------------------------------------
 def open_image(data):
-    """Image bytes -> PIL image of which the header is read; Damaged where that is no use."""
+    """Image bytes -> PIL image of which the header is read; DataError where that is no use."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception as error:  # Pillow raises nearly anything on damaged files
-        bomb = isinstance(error, Image.DecompressionBombError)
-        raise Damaged("image too large" if bomb else "image header unreadable") from None
-    if image.width * image.height > MAX_PIXELS:
-        raise Damaged("image too large")
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "GIF", "BMP"))
+    except Exception:  # Pillow raises nearly anything on damaged files
+        raise DataError("image header unreadable, or image too large") from None
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # refused by its header, as a decompression bomb
+        raise DataError("image too large")
     return image
 
 def decode(data, finer=1):
-    """Image bytes, or what open_image made of them -> upright PIL image in RGB, the first frame; DataError where
-    it fails. finer: how far its sides exceed what is needed: a JPEG is then decoded at 1/2, 1/4 or 1/8."""
+    """Image bytes, or what open_image made of them -> upright RGB image, of the first frame; or DataError.
+    finer: how far its sides exceed what is needed: a JPEG is then decoded at 1/2, 1/4 or 1/8."""
     image = data if isinstance(data, Image.Image) else open_image(data)
     try:
         image.draft("RGB", (math.ceil(image.width / finer), math.ceil(image.height / finer)))
@@ -178,7 +171,7 @@ def decode(data, finer=1):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception:
-        raise Damaged("image does not decode") from None
+        raise DataError("image does not decode") from None
 
 def cut(image, size, box):
     """A box (left, top, right, bottom) of a PIL image, resized (bicubic, antialiased) -> uint8 (3,S,S)."""
@@ -186,36 +179,31 @@ def cut(image, size, box):
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 def preprocess(image, size):
-    """The test transform: PIL image -> uint8 (3,S,S), short side resized (bicubic, antialiased), centre crop."""
+    """The test transform: PIL image -> uint8 (3,S,S), short side resized (bicubic), its centre."""
     width, height = (max(size, round(side * size / min(image.size))) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     x, y = image.width / width, image.height / height  # what is not seen is not resized, so strips stay cheap
     return cut(image, size, (left * x, top * y, (left + size) * x, (top + size) * y))
 
 def random_crop(data, size, least, rng):
-    """Image bytes -> uint8 (3,S,S): a random box, of `least` to 1 of the area, sides from 3:4 to 4:3, resized. A
-    JPEG is decoded no finer than the smallest such box needs."""
+    """Image bytes -> uint8 (3,S,S): a random box, of `least` to 1 of the area and sides from 3:4 to 4:3 as
+    far as these fit, resized. A JPEG is decoded no finer than the smallest such box needs."""
     image = open_image(data)
     image = decode(image, max(1, min(image.size) / size * math.sqrt(least * 3 / 4)))
-    (width, height), area = image.size, image.width * image.height
-    for share, ratio in zip(rng.uniform(least, 1, 10), (4 / 3) ** rng.uniform(-1, 1, 10), strict=True):
-        w, h = math.sqrt(area * share * ratio), math.sqrt(area * share / ratio)
-        if w <= width and h <= height:
-            break
-    else:
-        w = h = min(width, height)
-    x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    area, ratio = image.width * image.height * rng.uniform(least, 1), (4 / 3) ** rng.uniform(-1, 1)
+    w, h = min(image.width, math.sqrt(area * ratio)), min(image.height, math.sqrt(area / ratio))
+    x, y = rng.uniform(0, image.width - w), rng.uniform(0, image.height - h)
     return cut(image, size, (x, y, x + w, y + h))
 
 @lru_cache(1 << 16)
 def small_whole(data, size):
-    """The test transform of small images, which then stay decoded."""
+    """The test transform of a small image, which then stays decoded."""
     return preprocess(decode(data), size)
 
-# --- Tokenizer ------------------------------------------------------------------------------------------------
+# --- Tokenizer --------------------------------------------------------------------------------------------
 class Tokenizer:
-    """Byte-level byte-pair encoding (Sennrich et al. 2016), lossless on any bytes. Ids: PAD, SOT, EOT, the 256
-    bytes, the merges as they were learned; inside they are characters of a str: a merge is a replace."""
+    """Byte-level byte-pair encoding (Sennrich et al. 2016), lossless on any bytes. Ids: PAD, SOT, EOT, bytes,
+    the merges as they were learned; inside they are characters of a str: a merge is a replace."""
     pieces = re.compile(rb" ?(?:[A-Z]{1,63}|\d{1,63}|[\x80-\xff]{1,63}|[!-/:-@[-`{-~]{1,9})|\s{1,64}|.", re.I)
 
     def __init__(self, merges):
@@ -296,7 +284,7 @@ def adjacent(word):
     """The pairs of neighbours in a str."""
     return [a + b for a, b in zip(word, word[1:], strict=False)]
 
-# --- Index and loader -----------------------------------------------------------------------------------------
+# --- Index and loader -------------------------------------------------------------------------------------
 def fault(file, at, size, least=2048):
     """What is wrong with the image that lies there in a shard, by its header and its end alone, or None."""
     head, end = os.pread(file, min(size, least), at), at + size
@@ -308,12 +296,11 @@ def fault(file, at, size, least=2048):
     return None if marker in os.pread(file, min(size, 1024), end - min(size, 1024)) else "image incomplete"
 
 def index_shard(job):
-    """job: a shard, whether captions are needed -> keys and rows of what is readable, [key, cause] of the
-    rest. A row: offset and size of the image, offset and size of the caption, 1 where that is json. It is all
-    kept in the cache folder, under the shard's path, size and time of change."""
+    """job: a shard, are captions needed -> keys and rows of what is readable, causes of the rest.
+    A row: offset, size of image and caption, 1 where that is json. All is kept in the cache folder."""
     path, need = job
     about, keys, rows, bad = os.stat(path), [], [], []
-    name = os.fsencode(f"2 {os.path.abspath(path)} {about.st_size} {about.st_mtime_ns} {need}")
+    name = os.fsencode(f"3 {os.path.abspath(path)} {about.st_size} {about.st_mtime_ns} {need}")
     cache = cache_folder() / "index" / f"{hashlib.sha256(name).hexdigest()[:32]}.json"
     with suppress(OSError, ValueError):
         return json.loads(cache.read_text())
@@ -325,7 +312,7 @@ def index_shard(job):
             if need and not cause and not captions({field: os.pread(file.fileno(), text[1], text[0])}):
                 cause = "no caption"
             if cause:
-                bad.append([sample["__key__"], cause])
+                bad.append(cause)
             else:
                 keys.append(sample["__key__"])
                 rows.append([*image, *text, int(field == "json")])
@@ -336,17 +323,16 @@ def index_shard(job):
         part.replace(cache)
     return keys, rows, bad
 
-# One step's samples of one rank: images uint8 (B,3,S,S), tokens int64 (B,T), keys.
-Batch = namedtuple("Batch", "images tokens keys")
+Batch = namedtuple("Batch", "images tokens keys")  # of one rank: uint8 (B,3,S,S), int64 (B,T), B names
 
 class Loader:
     """Batches of a source: every readable sample once an epoch over all ranks and workers, but for the last
     `count mod global batch` of its order. Order, crops and captions are a pure function of (seed, epoch).
-    `samples`: how many; `identity`: plain values that tell the same data again; `bad`: the skipped by cause."""
+    `samples`: how many; `identity`: plain values that tell the same data again; `bad`: skipped."""
     def __init__(self, source, batch_size, image_size, tokenizer, context, seed=0, rank=0, world=1, workers=0,
                  crop=1.0, captions=True):
-        """batch_size: of one rank; crop: least area of a random crop, 1 for the test transform; captions: whether
-        samples need one (tokens are else SOT, EOT). DataError where a batch, or most of the data, is not usable."""
+        """batch_size: of one rank; crop: least area of a random crop, 1 for the test transform; captions:
+        are they needed (tokens are else SOT, EOT). DataError if a batch, or most of the data, is not usable."""
         self.batch_size, self.image_size, self.crop = batch_size, image_size, crop
         self.tokenizer, self.context, self.captions = tokenizer, context, captions
         self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
@@ -356,8 +342,7 @@ class Loader:
         self.rows = np.concatenate([np.array(rows, np.int64).reshape(-1, 5) for _, rows, _ in index])
         self.shard_of = np.repeat(np.arange(len(index)), [len(rows) for _, rows, _ in index])
         self.samples, batch = len(self.keys), batch_size * world
-        for shard, (_, _, bad) in zip(self.shards, index, strict=True):
-            self.skip([(f"{os.path.basename(shard)} {key}", cause) for key, cause in bad])
+        self.bad.update(cause for _, _, bad in index for cause in bad)
         if self.samples < max(batch, sum(self.bad.values())):
             raise DataError(f"{source}: {self.samples} usable samples, a batch is {batch}; {self.report()}")
         digest = hashlib.sha256("\n".join(self.keys).encode("utf-8", "replace")).hexdigest()
@@ -366,13 +351,6 @@ class Loader:
     def __len__(self):
         """Batches an epoch, the same on every rank."""
         return self.samples // (self.batch_size * self.world)
-
-    def skip(self, failed):
-        """Counts what failed, (name, cause) each, and tells the first few in full."""
-        for name, cause in failed:
-            self.bad[cause] += 1
-            if sum(self.bad.values()) <= 5:
-                tqdm.write(f"skipped: {name}: {cause}", file=sys.stderr)
 
     def report(self):
         """What was skipped, in a line; empty if nothing was."""
@@ -391,31 +369,31 @@ class Loader:
         for n in range(self.samples):
             yield from captions(self.read(n))
 
-    def make(self, sample, rng):
-        """A sample as raw bytes -> its image (3,S,S) and a caption; Damaged where it is no good."""
-        texts = captions(sample) if self.captions else [""]
-        text = texts[rng.integers(len(texts))]
+    def image(self, content, rng):
+        """A sample's image, raw bytes -> uint8 (3,S,S); DataError where it does not decode."""
         if self.crop < 1:
-            return random_crop(sample["jpg"], self.image_size, self.crop, rng), text
+            return random_crop(content, self.image_size, self.crop, rng)
         if self.image_size <= 64:
-            return small_whole(sample["jpg"], self.image_size), text
-        return preprocess(decode(sample["jpg"]), self.image_size), text
+            return small_whole(content, self.image_size)
+        return preprocess(decode(content), self.image_size)
 
     def __getitem__(self, step):
-        """What a worker makes of a step, counted on from epoch to epoch: images, tokens, keys, what failed."""
+        """What a worker makes of a step (of all epochs, counted on): images, tokens, keys, what failed."""
         epoch, number = divmod(step, len(self))
         if self.order[0] != epoch:
             self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.samples)
         first, made, failed = (number * self.world + self.rank) * self.batch_size, [], []
         for n in self.order[1][first : first + self.batch_size].tolist():
             sample, rng = self.read(n), np.random.default_rng([self.seed, epoch, n])
+            texts = captions(sample) if self.captions else [""]
             try:
-                made.append((sample["__key__"], *self.make(sample, rng)))
-            except Damaged as error:
-                failed.append((sample["__key__"], str(error)))
+                text = texts[rng.integers(len(texts))]
+                made.append((sample["__key__"], text, self.image(sample["jpg"], rng)))
+            except DataError as error:
+                failed.append(f"{error}")
         if not made:
-            raise DataError(f"no image of a whole batch decodes: {failed[0][1]}")
-        keys, images, texts = zip(*(made[n % len(made)] for n in range(self.batch_size)), strict=True)
+            raise DataError(f"no image of a whole batch decodes: {failed[0]}")
+        keys, texts, images = zip(*(made[n % len(made)] for n in range(self.batch_size)), strict=True)
         tokens = (self.tokenizer or Tokenizer([])).batch(texts, self.context)
         return torch.stack(images), tokens, list(keys), failed
 
@@ -424,25 +402,23 @@ class Loader:
         for images, tokens, keys, failed in DataLoader(
                 self, None, sampler=range(start, stop), num_workers=min(self.workers, stop - start),
                 collate_fn=tuple, worker_init_fn=be_quiet, pin_memory=torch.cuda.is_available()):
-            self.skip(failed)
+            self.bad.update(failed)
             yield Batch(images, tokens, keys)
 
     def epoch(self, n, skip=0):
         """Yields this rank's batches of epoch n after the first `skip`, all of full size."""
         return self.batches(n * len(self) + skip, (n + 1) * len(self))
 
-# --- Augmentation ---------------------------------------------------------------------------------------------
+# --- Augmentation -----------------------------------------------------------------------------------------
 def simclr_view(images, noise, least=0.08):
     """One of SimCLR's views of each image, on the batch and on its device: crop, flip and colours.
-
     images uint8 (B,3,H,W), noise (B,12) uniform, the only chance; least: share of the area that a crop keeps
     -> uint8 (B,3,H,W). Strengths are SLIP's: jitter 0.4 with p 0.8, grey 0.2; no hue, no blur."""
     u, x = noise.T, images.float() / 255
     area, ratio = least + (1 - least) * u[0], torch.exp((2 * u[1] - 1) * math.log(4 / 3))
     w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)  # shares of the sides
     left, top, flip = (1 - w) * (2 * u[2] - 1), (1 - h) * (2 * u[3] - 1), torch.where(u[4] < 0.5, -1.0, 1.0)
-    zero = torch.zeros_like(w)
-    affine = torch.stack([w * flip, zero, left, zero, h, top], dim=1).view(-1, 2, 3)
+    affine = torch.stack([w * flip, 0 * w, left, 0 * w, h, top], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(affine, x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     # Brightness and saturation are one 3x3 matrix on colours.
@@ -457,7 +433,7 @@ def simclr_view(images, noise, least=0.08):
     x = mean + contrast.view(-1, 1, 1, 1) * (x - mean)
     return (x.clamp(0, 1) * 255).round().byte()
 
-# --- Built-in scenes ------------------------------------------------------------------------------------------
+# --- Built-in scenes --------------------------------------------------------------------------------------
 COLOURS = {
     "red": (214, 39, 40), "green": (44, 150, 60), "blue": (40, 80, 220), "yellow": (245, 220, 50),
     "orange": (250, 130, 20), "purple": (130, 50, 170), "pink": (250, 150, 200), "brown": (120, 72, 40),
@@ -527,8 +503,7 @@ def articled(words):
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 def captioned_scene(rng, pairs):
-    """One object or, a time in five, two in a relation -> objects, caption. Colour, shape and size are named
-    or left out; place, background and turn are never named."""
+    """One object or, a time in five, two -> objects, caption, which never names place, background or turn."""
     if rng.random() < 0.2:
         first, second = (pairs[n] for n in rng.choice(len(pairs), 2, replace=False))
         relation = list(RELATIONS)[rng.integers(4)]
@@ -571,14 +546,15 @@ def draw_shard(job):
                 objects = labelled_scene(rng, name, int(text))
             else:
                 objects, text = captioned_scene(rng, pairs)
-            for field, content in (("jpg", render(rng, objects)), ("cls" if name in SETS else "txt", text.encode())):
+            fields = {"jpg": render(rng, objects), "cls" if name in SETS else "txt": text.encode()}
+            for field, content in fields.items():
                 info = tarfile.TarInfo(f"{kind}-{number:06d}.{field}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
 
 def draw(folder, scenes=40_000, seed=0):
-    """Draws the built-in data into a new folder, the same for a seed: captioned shards train-*.tar and
-    dev-00000.tar, labelled sets in CLIP_benchmark's layout, and objects/unseen.txt, the classes never captioned."""
+    """Draws the built-in data into a new folder, the same for a seed: captioned shards train-* and dev-*,
+    labelled sets in CLIP_benchmark's layout, and objects/unseen.txt, the classes never captioned."""
     folder, few, size = Path(folder), scenes // 4, min(2500, -(-scenes // 4))
     if folder.exists():
         raise DataError(f"{folder}: exists already; give a new folder")
@@ -596,10 +572,9 @@ def draw(folder, scenes=40_000, seed=0):
         (part / name / "zeroshot_classification_templates.txt").write_text("\n".join(templates))
     (part / "objects" / "unseen.txt").write_text("\n".join(map(str, unseen(seed))))
     list(in_parallel(draw_shard, jobs, "drawing"))
-    try:
+    with suppress(OSError):  # where another process was faster, with the same scenes
         part.rename(folder)
-    except OSError:  # another process was faster, with the same scenes
-        shutil.rmtree(part)
+    shutil.rmtree(part, ignore_errors=True)
 
 def builtin(scenes, seed):
     """The folder of the built-in data in the cache; drawn where it is missing."""
@@ -612,15 +587,11 @@ def builtin(scenes, seed):
 def main(argv=None):
     """data.py draw FOLDER; exit code 2, and one line, for bad input."""
     parser = argparse.ArgumentParser("data.py", description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=["draw"], help="draw the built-in scenes into a new folder")
-    parser.add_argument("folder")
-    parser.add_argument("--scenes", type=int, default=40_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("command", choices=["draw"], help="draw the built-in scenes")
+    parser.add_argument("folder", help="a new one")
     given = parser.parse_args(argv)
     try:
-        draw(given.folder, given.scenes, given.seed)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        draw(given.folder)
     except (DataError, OSError) as error:
         print(f"data.py: error: {error}", file=sys.stderr)
         sys.exit(2)
