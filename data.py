@@ -331,8 +331,8 @@ class Loader:
     `samples`: how many; `identity`: plain values that tell the same data again; `bad`: skipped."""
     def __init__(self, source, batch_size, image_size, tokenizer, context, seed=0, rank=0, world=1, workers=0,
                  crop=1.0, captions=True):
-        """batch_size: of one rank; crop: least area of a random crop, 1 for the test transform; captions:
-        are they needed (tokens are else SOT, EOT). DataError if a batch, or most of the data, is not usable."""
+        """batch_size: of one rank; crop: least area of a random crop, 1 for the test transform; captions: are
+        they needed (else tokens are SOT, EOT). DataError if a batch, or most of the data, is not usable."""
         self.batch_size, self.image_size, self.crop = batch_size, image_size, crop
         self.tokenizer, self.context, self.captions = tokenizer, context, captions
         self.seed, self.rank, self.world, self.workers = seed, rank, world, workers

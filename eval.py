@@ -40,7 +40,6 @@ TASKS = "zero_shot", "retrieval", "linear_probe", "knn", "reconstruction"
 BLOCK = 2**26  # entries of a score matrix held at once, so that memory does not grow with the test set
 
 # --- Pure functions of features; with `each` they give every test item's hit in place of the rate --------
-
 def as_features(x, name):
     """Array or tensor (n,D) -> float32 or float64 tensor; ValueError where it is not finite."""
     x = torch.as_tensor(x)
@@ -97,7 +96,8 @@ def retrieval(image_features, text_features, image_of_text, each=False):
         scores = texts[rows] @ images.T if side == "image" else (texts @ images[rows].T).T
         for k in KS:  # a topk for each k: ties at its edge fall as in CLIP_benchmark
             top = scores.topk(k, dim=1).indices
-            hit = top == owner[rows, None] if side == "image" else owner[top] == torch.arange(n)[rows, None].to(top)
+            found, own = (top, owner) if side == "image" else (owner[top], torch.arange(n).to(top))
+            hit = found == own[rows, None]
             hits.setdefault(f"{side}_retrieval_recall@{k}", []).append(hit.any(dim=1))
     hits = {name: torch.cat(parts) for name, parts in hits.items()}
     return hits if each else {name: hit.float().mean().item() for name, hit in hits.items()}
@@ -237,8 +237,7 @@ def open_sets(source, structured=False):
     count = folder / "test" / "nshards.txt"
     if not count.exists():
         raise ValueError(f"{folder}: has no classnames.txt or test/nshards.txt; name shards by their paths")
-    shards = [f"{folder}/test/{i}.tar" for i in range(int(count.read_text()))]
-    return [EvalSet(folder.name, "::".join(shards))]
+    return [EvalSet(folder.name, f"{folder}/test/{{0..{int(count.read_text()) - 1}}}.tar")]
 
 def image_batches(dataset, split, size, limit=None, batch=256):
     """Decodes in threads, ahead of the model but by a bounded number of batches
@@ -321,8 +320,7 @@ def cache_file(model, dataset, split, checkpoint):
         with path.open("rb") as file:
             while chunk := file.read(2**20):
                 key.update(chunk)
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "mae_clip" / "features" / f"{key.hexdigest()}.pt"
+    return data.cache_folder() / "features" / f"{key.hexdigest()}.pt"
 
 # --- Scores of a model on a set -------------------------------------------------------------------------
 @functools.lru_cache(maxsize=1)
@@ -568,7 +566,7 @@ def classify_photo(paths, labels, device):
     return format_table([["label", "probability"], *([name, show(p, "")] for p, name in ranked)])
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="eval.py", description="Scores checkpoints of mae_clip.py.")
+    parser = argparse.ArgumentParser("eval.py", description="Scores checkpoints of mae_clip.py.")
     names = [task.replace("_", "-").removesuffix("ion") for task in TASKS]
     parser.add_argument("command", choices=[*names, "suite"])
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="zero-shot: or one, and a photo")
@@ -592,7 +590,7 @@ def main(argv=None):
             model, tokenizer, _ = mae_clip.load(args.checkpoints[0], args.device)
             draw_reconstructions(model, tokenizer, datasets[0], args.out)
     except (ValueError, OSError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
+        print(f"eval.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

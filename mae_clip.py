@@ -1,14 +1,13 @@
 """MAE-CLIP in one file: contrastive language-image training with masked autoencoding, and its neighbours.
 
 The question is that of Weers et al., "Masked Autoencoding Does Not Help Natural Language Supervision at
-Scale" (CVPR 2023, arXiv 2301.07836). One set of parts gives five methods, so that any two differ in nothing
-but the thing compared: clip (Radford et al. 2021), mae (He et al. 2021), m3ae (Geng et al. 2022), mae_clip
-and slip (Mu et al. 2021). Down to the end of the class MAECLIP stands the method; what follows trains it.
+Scale" (CVPR 2023). One set of parts gives five methods, so that two differ in nothing but what is compared:
+clip (Radford et al. 2021), mae (He et al. 2021), m3ae (Geng et al. 2022), mae_clip and slip (Mu et al. 2021).
+Down to the end of the class MAECLIP stands the method; what follows trains it.
 
     python mae_clip.py --scale small                                  built-in data, minutes on a laptop
     python mae_clip.py --method clip --data 'pairs-{000..123}.tar'    your own shards
     torchrun --nproc-per-node 8 mae_clip.py --scale base --data ...   every GPU of a machine
-    python mae_clip.py --help                                         all flags
 
 Shapes: B batch, N patches, K kept, R removed, T tokens, D width, E embedding, P patch side, V vocabulary, G
 pairs of all ranks. In every mask True means removed.
@@ -25,7 +24,6 @@ import time
 import zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -39,11 +37,8 @@ from data import Batch, DataError, Loader, Tokenizer, builtin, simclr_view
 # --- Configuration: what is trained, and how --------------------------------------------------------------
 # Each method's loss terms; the loss is their sum, weighted by the flags --contrastive-weight and so on.
 METHODS = {
-    "clip": ("contrastive",),
-    "mae": ("image",),
-    "m3ae": ("image", "text"),
-    "mae_clip": ("contrastive", "image", "text"),
-    "slip": ("contrastive", "simclr"),
+    "clip": ("contrastive",), "mae": ("image",), "m3ae": ("image", "text"),
+    "mae_clip": ("contrastive", "image", "text"), "slip": ("contrastive", "simclr"),
 }
 SIZES = ("image_size patch_size width depth heads text_width text_depth text_heads context embed "
          "decoder_width decoder_depth decoder_heads").split()
@@ -68,7 +63,7 @@ class Config:
     scale: str = flag("small", "preset of sizes and schedule that any flag overrides", choices=tuple(SCALES))
     out: str = flag("", "folder of the run; empty: runs/METHOD-SCALE")
     resume: bool = flag(False, "go on from the newest checkpoint in the run's folder")
-    seed: int = flag(0, "of initial weights, order, crops, captions and masks", low=0)
+    seed: int = flag(0, "of initial weights, order, crops, captions and masks", 0, 2**23)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1")
     precision: str = flag("auto", "of matrix products", choices=("auto", "fp32", "bf16"))
     compile: bool | None = flag(None, "torch.compile; by default on CUDA only")
@@ -139,8 +134,7 @@ class Config:
 
 # --- Patches, positions and masks -------------------------------------------------------------------------
 EOT = 2  # data.py's Tokenizer makes of a caption SOT (1), its tokens, EOT (2), padding (0)
-IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as in MAE and SLIP
-IMAGE_STD = (0.229, 0.224, 0.225)
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in MAE and SLIP
 
 def normalise(images):
     """uint8 (B,3,H,W) -> float32 by ImageNet's mean and deviation; float images are taken as normalised."""
@@ -191,8 +185,7 @@ def random_text_mask(noise, tokens, ratio):
     count = torch.tensor([0] + [kept(length, ratio) for length in range(T - 1)], device=tokens.device)[end]
     rank = noise.masked_fill(~word, math.inf).argsort(dim=1).argsort(dim=1)  # of a word in its caption
     mask = word & (rank >= count)
-    special = (position == 0) | (position == end)
-    order = torch.where(special, 0, torch.where(mask, 3, torch.where(word, 1, 2)))
+    order = torch.where(mask, 3, torch.where(word, 1, 2)).masked_fill((position == 0) | (position == end), 0)
     return order.argsort(dim=1, stable=True)[:, : 2 + kept(T - 2, ratio)], mask
 
 def caption_end(tokens):
@@ -202,10 +195,6 @@ def caption_end(tokens):
 def is_token(tokens):
     """tokens (B,T) -> (B,T) bool, False at padding."""
     return torch.arange(tokens.shape[1], device=tokens.device) <= caption_end(tokens)
-
-def removed(mask, count):
-    """mask (B,N) -> (B,count) positions, the removed ones first: what the decoder must predict."""
-    return mask.int().argsort(dim=1, descending=True, stable=True)[:, :count]
 
 def take(x, index):
     """x (B or 1,N,D), index (B,K) -> (B,K,D): the rows that index names in each sample."""
@@ -223,8 +212,8 @@ class Block(nn.Module):
         self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x, valid=None, query=None):
-        """x (B,T,D) -> (B,T,D); valid (B,T) says which of x may be attended to (None: all). With query (B,Q,D),
-        the rows that are wanted, only those are computed -> (B,Q,D)."""
+        """x (B,T,D) -> (B,T,D); valid (B,T): which of x may be attended to (None: all). With query (B,Q,D),
+        rows of x, only these are computed -> (B,Q,D)."""
         qkv, D, y = self.attn.qkv, x.shape[-1], self.norm1(x)
         if query is None:
             q, k, v = qkv(y).chunk(3, dim=-1)
@@ -278,21 +267,18 @@ class TextEmbedding(nn.Module):
 
     def forward(self, tokens, keep=None):
         """tokens (B,T), keep (B,K) positions or None -> (B,T or K,D), and valid (B,T or K): no padding."""
-        position = self.position[:, : tokens.shape[1]]
-        valid = is_token(tokens)
+        position, valid = self.position[:, : tokens.shape[1]], is_token(tokens)
         if keep is not None:
             tokens, valid, position = tokens.gather(1, keep), valid.gather(1, keep), take(position, keep)
         return self.token(tokens) + position, valid
 
 class TextEncoder(nn.Module):
-    """Bidirectional text transformer in which padding is never attended to.
-    Not causal as CLIP's is: a causal tower could not use what stands right of a removed token."""
+    """Text transformer that looks both ways: a causal one could not use what follows a removed token."""
     def __init__(self, config):
         super().__init__()
         width = config.text_width
-        self.embed = TextEmbedding(config, width)
+        self.embed, self.norm = TextEmbedding(config, width), nn.LayerNorm(width, eps=1e-6)
         self.blocks = nn.ModuleList([Block(width, config.text_heads) for _ in range(config.text_depth)])
-        self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, tokens, keep=None, only=None):
         """tokens (B,T), keep (B,K) positions or None -> (B,T or K,D) after the final norm.
@@ -302,22 +288,22 @@ class TextEncoder(nn.Module):
             x = block(x, valid)
         return self.norm(self.blocks[-1](x, valid, None if only is None else take(x, only)))
 
-@dataclass
 class Masked:
     """One modality in the masked pass: positions kept and removed, and what becomes of both."""
-    mask: torch.Tensor  # (B, N or T), True where removed
-    keep: torch.Tensor  # (B,K) positions that the encoder sees
-    gone: torch.Tensor  # (B,R) positions that the decoder predicts: the removed ones first
-    encoded: torch.Tensor | None = None  # (B,K,D), patches with CLS before them
-    predicted: torch.Tensor | None = None  # (B,R,P*P*3) or (B,R,V), in the order of gone
+    def __init__(self, keep, mask):
+        self.keep, self.mask = keep, mask  # (B,K) what the encoder sees; (B, N or T), True where removed
+        order = mask.int().argsort(dim=1, descending=True, stable=True)  # the removed ones first
+        self.gone = order[:, : mask.shape[1] - keep.shape[1]]  # (B,R) what the decoder predicts
+        self.encoded = None  # (B,K,D), patches with CLS before them
+        self.predicted = None  # (B,R,P*P*3) or (B,R,V), in the order of gone
 
 class Decoder(nn.Module):
     """Predicts removed patches and tokens by self-attention over all of both (MAE's and M3AE's decoder)."""
-    def __init__(self, config, text_width):
-        """text_width: of the encoded tokens."""
+    def __init__(self, config):
         super().__init__()
-        side, width, P = config.image_size // config.patch_size, config.decoder_width, config.patch_size
-        sizes = {"image": (config.width, P * P * 3), "text": (text_width, config.vocab_size)}
+        side, width = config.image_size // config.patch_size, config.decoder_width
+        text_width = config.width if config.method == "m3ae" else config.text_width
+        sizes = {"image": (config.width, config.patch_size**2 * 3), "text": (text_width, config.vocab_size)}
         for name in [name for name in sizes if name in config.weights()]:
             way = nn.Module()  # into the decoder and out of it
             way.embed, way.head = nn.Linear(sizes[name][0], width), nn.Linear(width, sizes[name][1])
@@ -367,9 +353,9 @@ def gather(x):
     all_gather = getattr(collectives, "all_gather_single_autograd", None) or getattr(collectives, old)
     return all_gather(x.contiguous(), 0, dist.group.WORLD)
 
-def global_mean(x, count):
-    """Sum of x over all ranks / sum of count, 0-d; 0 with zero gradient where nothing counts."""
-    total, count = x.sum().view(1), count.sum().view(1)
+def masked_mean(error, mask):
+    """Mean over all ranks of error where mask is True -> 0-d; 0 with zero gradient where it never is."""
+    total, count = error.where(mask, 0).sum().view(1), mask.sum().view(1)
     return gather(total).sum() / gather(count.to(total.dtype)).sum().clamp(min=1)
 
 def wide(x):
@@ -377,9 +363,8 @@ def wide(x):
     return x if x.dtype == torch.float64 else x.float()
 
 def contrastive_loss(image_features, text_features, scale):
-    """Symmetric InfoNCE, the mean of both directions (CLIP), over the pairs of all ranks.
-    image_features, text_features (B,E) of unit norm, scale the factor on the cosine (float or 0-d) -> 0-d.
-    Each rank computes its own rows against the columns of all."""
+    """Symmetric InfoNCE (CLIP), mean of both directions: image_features, text_features (B,E) of unit norm,
+    scale the factor on the cosine (float or 0-d) -> 0-d. A rank computes its own rows against all columns."""
     with torch.autocast(image_features.device.type, enabled=False):
         image, text = wide(image_features), wide(text_features)
         pair = torch.arange(image.shape[0], device=image.device) + ranks()[0] * image.shape[0]
@@ -397,12 +382,12 @@ def patch_targets(patches, normalise=True):
 def image_loss(prediction, patches, mask, normalise=True):
     """Mean squared error of the removed patches (MAE): prediction, patches (...,P*P*3), mask (...) -> 0-d."""
     error = (wide(prediction) - patch_targets(patches, normalise)).square().mean(dim=-1)
-    return global_mean(error.where(mask, 0), mask)
+    return masked_mean(error, mask)
 
 def text_loss(logits, tokens, mask):
     """Cross-entropy of the removed tokens: logits (...,V), tokens (...), mask (...) -> 0-d."""
     error = F.cross_entropy(wide(logits).flatten(0, -2), tokens.flatten(), reduction="none")
-    return global_mean(error.where(mask.flatten(), 0), mask)
+    return masked_mean(error, mask.flatten())
 
 def simclr_loss(a, b, temperature):
     """NT-Xent (SimCLR): each of 2G views (a, b (B,E), normalised here) must find its other one -> 0-d."""
@@ -444,10 +429,9 @@ class MAECLIP(nn.Module):
         if m3ae and "text" in terms:
             self.text_embed = TextEmbedding(config, D)  # its positions are learned: they hold the type, too
         if "image" in terms or "text" in terms:
-            self.decoder = Decoder(config, D if m3ae else config.text_width)
+            self.decoder = Decoder(config)
         if "simclr" in terms:  # SLIP's head, with LayerNorm for its SyncBatchNorm, which couples samples
-            sizes = ((D, 4 * D), (4 * D, 4 * D))
-            hidden = [part for i, o in sizes for part in (nn.Linear(i, o), nn.LayerNorm(o), nn.GELU())]
+            hidden = [x for i in (D, 4 * D) for x in (nn.Linear(i, 4 * D), nn.LayerNorm(4 * D), nn.GELU())]
             self.simclr_head = nn.Sequential(*hidden, nn.Linear(4 * D, 256))
         self.initialise(seed)
         if list(terms) == ["text"]:  # no loss looks at the patches
@@ -488,12 +472,10 @@ class MAECLIP(nn.Module):
         -> image, text: Masked, or None for a modality without weight, which takes no part."""
         c, image, text = self.config, None, None
         if "image" in c.weights():
-            keep, mask = random_mask(drawn(image_noise, images, self.patches), c.mask_ratio)
-            image = Masked(mask, keep, removed(mask, self.patches - keep.shape[1]))
+            image = Masked(*random_mask(drawn(image_noise, images, self.patches), c.mask_ratio))
         if "text" in c.weights():
-            most = tokens.shape[1] - 2  # words in the longest caption: none has more to predict
-            keep, mask = random_text_mask(drawn(text_noise, images, most + 2), tokens, c.text_mask_ratio)
-            text = Masked(mask, keep, removed(mask, most - kept(most, c.text_mask_ratio)))
+            noise = drawn(text_noise, images, tokens.shape[1])
+            text = Masked(*random_text_mask(noise, tokens, c.text_mask_ratio))
         if c.method == "m3ae":  # one trunk over [CLS, visible patches, visible tokens]
             words = self.text_embed(tokens, text.keep) if text else ()
             x = self.image_encoder(images, image.keep if image else tokens[:, :0], *words)
@@ -501,10 +483,9 @@ class MAECLIP(nn.Module):
         else:
             seen = self.image_encoder(images, image.keep) if image else None
             read = self.text_encoder(tokens, text.keep) if text else None
-        if image:
-            image.encoded = seen
-        if text:
-            text.encoded = read
+        for part, x in ((image, seen), (text, read)):
+            if part:
+                part.encoded = x
         if image or text:
             self.decoder(image, text, is_token(tokens))
         return image, text
@@ -513,25 +494,22 @@ class MAECLIP(nn.Module):
         """images (B,3,H,W) uint8 or normalised float, tokens (B,T), uniform noise (B,N) and (B,T) for the
         masks (None: drawn from torch's global generator), views: a pair of image batches, for slip ->
         dict of 0-d tensors: the unweighted terms that apply, and `loss`, their weighted sum."""
-        c, weights, terms = self.config, self.config.weights(), {}
-        images = normalise(images)
+        c, weights, terms, images = self.config, self.config.weights(), {}, normalise(images)
         image, text = self.masked_pass(images, tokens, image_noise, text_noise)
         if "contrastive" in weights:
-            ratio, keep = c.contrastive_mask_ratio, None
-            if ratio > 0:
-                keep = random_mask(drawn(image_noise, images, self.patches), ratio)[0]
+            ratio, noise = c.contrastive_mask_ratio, drawn(image_noise, images, self.patches)
+            keep = random_mask(noise, ratio)[0] if ratio > 0 else None
             shared = image and 0 < ratio == c.mask_ratio  # then one masked pass serves both losses
             x = self.project_image(image.encoded if shared else self.image_encoder(images, keep))
             terms["contrastive"] = contrastive_loss(x, self.encode_text(tokens), self.logit_scale.exp())
         if image:
             target = take(patchify(images, c.patch_size), image.gone)
-            everywhere = torch.ones_like(image.gone, dtype=torch.bool)
-            terms["image"] = image_loss(image.predicted, target, everywhere, c.norm_pix)
+            terms["image"] = image_loss(image.predicted, target, image.mask.gather(1, image.gone), c.norm_pix)
         if text:
             target, asked = tokens.gather(1, text.gone), text.mask.gather(1, text.gone)
             terms["text"] = text_loss(text.predicted, target, asked)
         if "simclr" in weights:
-            x = pool(self.image_encoder(torch.cat([normalise(view) for view in views])), c.pool)
+            x = pool(self.image_encoder(torch.cat(views)), c.pool)
             terms["simclr"] = simclr_loss(*self.simclr_head(x).chunk(2), temperature=0.1)
         return terms | {"loss": sum(weights[term] * terms[term] for term in weights)}
 
@@ -545,8 +523,8 @@ class MAECLIP(nn.Module):
         c, images = self.config, normalise(images)
         image, text = self.masked_pass(images, tokens, image_noise, text_noise)
         patches = patch_targets(patchify(images, c.patch_size), c.norm_pix)
-        out = {"image": patches, "text": tokens}
-        out |= {"image_mask": torch.zeros_like(patches[..., 0]).bool(), "text_mask": torch.zeros_like(tokens).bool()}
+        out = {"image": patches, "image_mask": torch.zeros_like(patches[..., 0], dtype=torch.bool),
+               "text": tokens, "text_mask": torch.zeros_like(tokens, dtype=torch.bool)}
         if image:
             index = image.gone.unsqueeze(-1).expand_as(image.predicted)
             guess = patches.scatter(1, index, image.predicted.to(patches.dtype))
@@ -574,12 +552,10 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         """One step; where found_inf is 1 none of it is taken."""
-        group, going, gradients = self.param_groups[0], 1.0 - self.found_inf, []
+        group, going = self.param_groups[0], 1.0 - self.found_inf
         for p in group["params"]:
-            gradients.append(p.grad.nan_to_num(0, 0, 0))
+            gradient = p.grad.nan_to_num(0, 0, 0)
             p.grad = None  # AdamW passes over it
-        super().step()
-        for p, gradient in zip(group["params"], gradients, strict=True):
             if not self.state[p]:
                 self.state[p] = {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
             x = gradient.lerp(self.state[p]["momentum"].lerp_(gradient, 0.05 * going), 0.95)  # Nesterov's
@@ -591,6 +567,7 @@ class Muon(torch.optim.AdamW):
             x = x.T if p.shape[0] > p.shape[1] else x
             p.mul_(1 - group["lr"] * group["weight_decay"] * going)
             p.sub_(x.float() * (5 * group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5) * going)
+        super().step()
 
 def make_optimizer(model, config):
     """Muon or fused AdamW over what is trained; weights of linear, convolution and embedding layers decay."""
@@ -624,11 +601,11 @@ def checkpoints(out):
     return sorted(Path(out).glob("checkpoint-*.pt"), key=lambda path: -int(path.stem.split("-")[1]))
 
 def save_checkpoint(out, model, optimizer, step, config, loader, seconds):
-    """Writes all that a run goes on from, whole or not at all, and removes all but the last two. Order, crops
-    and masks follow from the seed and the step, so there is no random state to keep."""
+    """Writes all that a run goes on from, whole or not at all, and keeps the last two. All chance follows
+    from the seed and the step, so there is no random state to keep."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
              "seconds": seconds, "config": asdict(config), "data": loader.identity,
-             "tokenizer": loader.tokenizer.merges if loader.tokenizer else None}
+             "tokenizer": loader.tokenizer and loader.tokenizer.merges}
     torch.save(state, out / "checkpoint.part")
     (out / "checkpoint.part").replace(out / f"checkpoint-{step}.pt")
     for old in checkpoints(out)[2:]:
@@ -639,8 +616,6 @@ def read_checkpoint(path, device="cpu"):
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         return state | {"config": Config(**state["config"])}
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
     except Exception as error:  # a damaged file raises nearly anything
         raise DataError(f"{path}: not a whole checkpoint ({type(error).__name__})") from None
 
@@ -655,19 +630,18 @@ def load(path, device="cpu"):
 def open_run(out, config):
     """Makes the run's folder -> with --resume the newest whole checkpoint's content, or None. DataError where
     a run is there already, so that none is overwritten, or where the checkpoint is another run's."""
-    found, state = checkpoints(out), None
     if (out / "results.json").exists():
         raise DataError(f"{out}: holds a complete run; give another --out, or remove it to run it again")
     if (out / "config.json").exists() and not config.resume:
         raise DataError(f"{out}: holds a run that was started; add --resume to go on, or give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    while found and not state:
+    for path in checkpoints(out):
         try:
-            state = read_checkpoint(found[0])
+            state = read_checkpoint(path)
+            break
         except DataError as error:
             print(f"passed over: {error}", file=sys.stderr)
-            found = found[1:]
-    if not state:
+    else:
         if checkpoints(out):
             raise DataError(f"{out}: none of its checkpoints is whole; remove it or give another --out")
         return None
@@ -675,7 +649,7 @@ def open_run(out, config):
     names = sorted(set(now) - MAY_CHANGE - ({"steps"} if config.epochs else set()))
     other = [f"--{name.replace('_', '-')} {then[name]}" for name in names if then[name] != now[name]]
     if other:
-        raise DataError(f"{found[0]}: was trained with {' '.join(other)}; give that, or another --out")
+        raise DataError(f"{path}: was trained with {' '.join(other)}; give that, or another --out")
     return state
 
 def open_data(config, state):
@@ -689,14 +663,14 @@ def open_data(config, state):
     workers = (8 if torch.cuda.is_available() else 0) if config.workers < 0 else config.workers
     loader = Loader(config.data, config.batch_size // world, config.image_size, None, config.context,
                     config.seed, rank, world, workers, config.crop, captions=config.method != "mae")
+    if config.epochs:
+        config.steps = max(1, round(config.epochs * len(loader)))
     if state and loader.identity != state["data"]:
         raise DataError(f"--data {config.data}: not the samples that the checkpoint was trained on")
     if config.method != "mae":
         loader.tokenizer = (Tokenizer(state["tokenizer"]) if state
                             else Tokenizer.train(loader.texts(), config.vocab_size))
         config.vocab_size = loader.tokenizer.vocab_size
-    if config.epochs:
-        config.steps = max(1, round(config.epochs * len(loader)))
     return loader
 
 def inputs(config, step, batch, device):
@@ -709,9 +683,7 @@ def inputs(config, step, batch, device):
     images, tokens, image_noise, text_noise, view_noise = (
         (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
         for x in (batch.images, batch.tokens, *noise))
-    views = None
-    if "simclr" in config.weights():
-        views = [simclr_view(images, view_noise[:, i]) for i in range(2)]
+    views = [simclr_view(images, view_noise[:, i]) for i in range(2 if "simclr" in config.weights() else 0)]
     return images, tokens, image_noise, text_noise, views
 
 def train_step(net, optimizer, autocast, batch):
@@ -730,34 +702,32 @@ def train_step(net, optimizer, autocast, batch):
 
 def announce(config, model, net, loader, device, autocast, step):
     """Says, before training, what will happen; times a step on an empty batch, which changes nothing."""
-    B, side, seconds = config.batch_size // ranks()[1], config.image_size, []
-    tokens = F.pad(torch.tensor([[1, EOT]]), (0, config.context - 2)).repeat(B, 1)
-    batch = inputs(config, 0, Batch(torch.zeros(B, 3, side, side, dtype=torch.uint8), tokens, ()), device)
+    B, side = loader.batch_size, config.image_size
+    images, tokens = torch.zeros(B, 3, side, side).byte(), Tokenizer([]).batch([""] * B, config.context)
+    batch = inputs(config, 0, Batch(images, tokens, ()), device)
     for _ in range(4):  # the first compiles and warms up
         began = time.time()
         with autocast:
             loss = net(*batch)["loss"]
         loss.backward()
         loss.item()  # waits for the device
-        seconds.append(time.time() - began)
+    minutes, epochs = (config.steps - step) * (time.time() - began) / 60, config.steps / len(loader)
     net.zero_grad()
-    minutes = (config.steps - step) * min(seconds) / 60
+    loss = " + ".join(f"{weight:g} {term}" for term, weight in config.weights().items())
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    epochs = f"{config.steps / len(loader):.1f} epochs of {loader.samples:,} samples"
     if ranks()[0] == 0:
-        print(f"method      {config.method}: " + " + ".join(f"{w:g} {t}" for t, w in config.weights().items()),
+        print(f"method      {config.method}: {loss}",
               "parameters  " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
               f"device      {device}, {'bf16' if autocast._enabled else 'fp32'}, {ranks()[1]} process(es)",
-              f"schedule    {config.steps:,} steps of {config.batch_size} pairs of {side} px, {epochs}",
+              f"schedule    {config.steps:,} steps of {config.batch_size} pairs: {epochs:.1f} epochs",
               f"expected    {minutes:.1f} minutes of training, by the time of one step here", sep="\n")
 
-def log_line(config, model, step, epoch, rows, seconds, waited):
-    """The log's record of the last steps, whose rows (of train_step) these are: the means of the terms and the
-    figures beside them."""
+def log_line(config, model, loader, step, rows, seconds, waited):
+    """The log's record of the last steps, whose rows from train_step these are: means, and figures beside."""
     *sums, count = torch.stack(rows).sum(dim=0).tolist()  # waits for the device
-    record = {"step": step, "epoch": epoch, "pairs": step * config.batch_size}
-    means = [x / max(count, 1) for x in sums]
-    record |= dict(zip([*config.weights(), "loss", "grad_norm"], means, strict=True))
+    record = {"step": step, "epoch": step / len(loader), "pairs": step * config.batch_size}
+    names = (*config.weights(), "loss", "grad_norm")
+    record |= {name: x / max(count, 1) for name, x in zip(names, sums, strict=True)}
     if "contrastive" in record:  # beside the loss of a model that knows nothing
         record |= {"chance": math.log(config.batch_size), "scale": model.logit_scale.exp().item()}
     if rows[0].is_cuda:
@@ -777,62 +747,52 @@ def train(config):
     torch.manual_seed(config.seed)
     model = MAECLIP(config).to(device)
     optimizer = make_optimizer(model, config)
-    step, before = (state["step"], state["seconds"]) if state else (0, 0.0)
+    step, seconds = (state["step"], state["seconds"]) if state else (0, 0.0)
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if config.compile or (config.compile is None and device.type == "cuda"):
-        # Small steps are bound by the launches of kernels, which CUDA graphs save.
-        net = torch.compile(net, mode="reduce-overhead" if config.width <= 256 and world == 1 else None)
+        small = config.width <= 256 and world == 1  # bound by the launches of kernels, which CUDA graphs save
+        net = torch.compile(net, mode="reduce-overhead" if small else None)
     if rank == 0:
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
     announce(config, model, net, loader, device, autocast, step)
     last = min(config.steps, config.stop_after or config.steps)
     signals, rows, number, failed = [], [], 0, torch.zeros((), device=device)
     old = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
-    batches, began, since, waited = loader.batches(step), time.time(), time.time(), 0.0
+    batches, began, since, waited = loader.batches(step), time.time() - seconds, time.time(), 0.0
     bar = tqdm(total=config.steps, initial=step, disable=rank > 0 or None, dynamic_ncols=True,
                unit="pairs", unit_scale=config.batch_size)
-
-    def save():
-        if rank == 0:
-            save_checkpoint(out, model, optimizer, step, config, loader, before + time.time() - began)
-
-    try:
-        while step < last and not number:
-            fetching = time.time()
-            batch = next(batches)
-            waited += time.time() - fetching
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            row, finite = train_step(net, optimizer, autocast, inputs(config, step, batch, device))
-            if "contrastive" in config.weights():
-                model.logit_scale.data.clamp_(0, math.log(100))  # as in CLIP
-            rows, failed, step = [*rows, row], (failed + 1) * ~finite, step + 1
-            bar.update()
-            if step % config.log_every == 0 or step == last:  # the one place that waits for the device
-                record = log_line(config, model, step, step / len(loader), rows, time.time() - since, waited)
-                since, waited, rows = time.time(), 0.0, []
-                if rank == 0:
-                    with (out / "log.jsonl").open("a") as file:
-                        file.write(json.dumps(record) + "\n")
-                    line = {name: f"{value:.4g}" for name, value in record.items()}
-                    shown = (*config.weights(), "chance", "waiting")
-                    bar.set_postfix({name: line[name] for name in shown if name in line})
-                    tqdm.write("  ".join(f"{name} {value}" for name, value in line.items()))
-                if failed >= 20:
-                    raise DataError(f"step {step}: no finite loss in {int(failed)} steps, which changed nothing, so the "
-                                    f"checkpoint of step {step} is good; lower --lr or raise --warmup")
-            if world == 1:
-                number = max(signals, default=0)
-            elif step % config.log_every == 0:  # all processes stop at the same step
-                number = int(gather(torch.tensor([max(signals, default=0)], device=device)).max())
-            if step % config.save_every == 0 or step == last or number:
-                save()
-    except DataError:  # nothing of what was trained is lost
-        save()
-        raise
+    while step < last and not number:
+        fetching = time.time()
+        batch = next(batches)
+        waited += time.time() - fetching
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        row, finite = train_step(net, optimizer, autocast, inputs(config, step, batch, device))
+        if "contrastive" in config.weights():
+            model.logit_scale.data.clamp_(0, math.log(100))  # as in CLIP
+        rows, failed, step = [*rows, row], (failed + 1) * ~finite, step + 1
+        bar.update()
+        if step % config.log_every == 0 or step == last:  # the one place that waits for the device
+            record = log_line(config, model, loader, step, rows, time.time() - since, waited)
+            since, waited, rows = time.time(), 0.0, []
+            if rank == 0:
+                with (out / "log.jsonl").open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                line = {name: f"{value:.4g}" for name, value in record.items()}
+                shown = (*config.weights(), "chance", "waiting")
+                bar.set_postfix({name: line[name] for name in shown if name in line})
+                tqdm.write("  ".join(f"{name} {value}" for name, value in line.items()))
+            if failed >= 20:
+                raise DataError(f"step {step}: no finite loss in {int(failed)} steps, all skipped; the last "
+                                f"checkpoint in {out} is good; lower --lr or raise --warmup")
+        if world == 1 or step % config.log_every == 0:  # all processes stop at the same step
+            sent = torch.tensor([max(signals, default=0)], device=device if world > 1 else "cpu")
+            number = int(gather(sent).max())
+        if rank == 0 and (step % config.save_every == 0 or step == last or number):
+            save_checkpoint(out, model, optimizer, step, config, loader, time.time() - began)
     bar.close()
     for n, handler in old.items():
         signal.signal(n, handler)
@@ -843,12 +803,11 @@ def train(config):
         print(f"stopped and saved at step {step:,}; go on with: python mae_clip.py {again} --resume")
     elif rank == 0:
         from eval import evaluate, format_results  # here, since eval.py builds on this file
-
         results = evaluate(model, loader.tokenizer, config.eval_data, out) if config.eval_data else {}
         print(format_results(results) if results else "no --eval-data, so nothing is scored")
         if (out / "reconstructions.png").exists():
             print(f"picture: {out}/reconstructions.png")
-        results |= {"seconds": before + time.time() - began, "steps": step, "config": asdict(config)}
+        results |= {"seconds": time.time() - began, "steps": step, "config": asdict(config)}
         (out / "results.part").write_text(json.dumps(results, indent=1))
         (out / "results.part").replace(out / "results.json")
     if world > 1:
@@ -865,16 +824,16 @@ def parse(argv=None):
         if f.name in groups:
             group = parser.add_argument_group(groups[f.name])
         kind = {"type": f.type, "choices": f.metadata["choices"]}
-        if bool in (f.type, *get_args(f.type)):
+        if f.type in (bool, bool | None):
             kind = {"action": argparse.BooleanOptionalAction}
         name = "--" + f.name.replace("_", "-")
         group.add_argument(name, default=argparse.SUPPRESS, help=f.metadata["help"], **kind)
     given = vars(parser.parse_args(argv))
-    return Config(**SCALES.get(given.get("scale", "small"), {}) | given)
+    return Config(**SCALES[given.get("scale", Config.scale)] | given)
 
 def fail(message):
     """Ends the program with one line that says what was wrong with its input."""
-    print(f"mae_clip.py: error: {message}", file=sys.stderr)
+    print(f"mae_clip.py: error: {str(message).strip().splitlines()[-1]}", file=sys.stderr)  # a worker's too
     sys.exit(2)
 
 def main(argv=None):
