@@ -75,7 +75,8 @@ def grouped(file):
     """Yields a tar's samples {field: (offset, size)} with `__key__`, by webdataset's rule: key is the path
     up to the first dot of the base name, fields are in lower case; of one that comes twice the first counts.
     Where a tar breaks off or has no sample, a last one has the cause in `__bad__`."""
-    sample, bad, end = {}, "tar without samples", os.fstat(file.fileno()).st_size
+    name, sample, end = os.path.basename(file.name), {}, os.fstat(file.fileno()).st_size
+    bad = f"{name} holds no sample"
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
@@ -94,7 +95,7 @@ def grouped(file):
             if file.read(512).strip(b"\0"):  # a damaged header, which tarfile takes for the end
                 raise tarfile.ReadError
     except (tarfile.TarError, OverflowError):  # the last sample may lack a field
-        sample, bad = {}, "tar breaks off, or is none (compressed ones are not read)"
+        sample, bad = {}, f"{name} breaks off, or is no uncompressed tar"
     if sample:
         yield sample
     if bad:
@@ -106,7 +107,7 @@ def read_samples(source):
         with open(shard, "rb") as tar, open(shard, "rb") as file:
             for sample in grouped(tar):
                 if "__bad__" in sample:
-                    print(f"{shard}: {sample['__bad__']}", file=sys.stderr)
+                    print(f"skipped: {sample['__bad__']}", file=sys.stderr)
                 else:
                     yield {field: where if field == "__key__" else os.pread(file.fileno(), where[1], where[0])
                            for field, where in sample.items()}
@@ -281,7 +282,6 @@ def as_bytes(text):
     return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
 
 def adjacent(word):
-    """The pairs of neighbours in a str."""
     return [a + b for a, b in zip(word, word[1:], strict=False)]
 
 # --- Index and loader -------------------------------------------------------------------------------------

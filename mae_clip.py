@@ -75,7 +75,7 @@ class Config:
     data_seed: int = flag(0, "built-in data: seed, which also fixes the pairs never trained on", low=0)
     workers: int = flag(-1, "processes that decode; -1: none on a CPU, 8 for a GPU", low=-1)
     crop: float = flag(1.0, "least area of a random resized crop; 1: centre crop", low=0.01, high=1)
-    steps: int = flag(800, "optimiser steps", low=1)
+    steps: int = flag(1000, "optimiser steps", low=1)
     epochs: float = flag(0.0, "passes over the data; above 0 it sets --steps", low=0)
     stop_after: int = flag(0, "save and stop after this many steps in all, schedule unchanged", low=0)
     batch_size: int = flag(256, "pairs a step, over all processes", low=2)
@@ -212,8 +212,7 @@ class Block(nn.Module):
         self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x, valid=None, query=None):
-        """x (B,T,D) -> (B,T,D); valid (B,T): which of x may be attended to (None: all). With query (B,Q,D),
-        rows of x, only these are computed -> (B,Q,D)."""
+        """x (B,T,D), or of it only rows query (B,Q,D) -> that shape; valid (B,T): what may be attended to."""
         qkv, D, y = self.attn.qkv, x.shape[-1], self.norm1(x)
         if query is None:
             q, k, v = qkv(y).chunk(3, dim=-1)
@@ -240,9 +239,8 @@ class ImageEncoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images, keep=None, words=None, valid=None):
-        """images (B,3,H,W) uint8 or normalised float, keep (B,K) positions of the patches seen (None: all)
-        -> (B,1+K,D) after the final norm, CLS first. For m3ae's trunk words (B,T,D), embedded, of which
-        those `valid` (B,T) count, follow the patches -> (B,1+K+T,D)."""
+        """images (B,3,H,W) uint8 or normalised float, keep (B,K) patches seen (None: all) -> (B,1+K,D) after
+        the final norm, CLS first. m3ae adds words (B,T,D), embedded, `valid` or padding -> (B,1+K+T,D)."""
         proj, position = self.patch_embed.proj, self.pos_embed[:, 1:]
         x = patchify(normalise(images), proj.kernel_size[0])  # (B,N,P*P*3)
         if keep is not None:  # dropped before the projection, so that work follows the visible patches
@@ -317,14 +315,13 @@ class Decoder(nn.Module):
     def forward(self, image, text, valid):
         """image, text: Masked or None, valid (B,T): which tokens are no padding; sets what is predicted."""
         parts = [(part, getattr(self, name)) for name, part in (("image", image), ("text", text)) if part]
-        x, wanted, count = [], [], 0  # slots (B,S,D), those to predict (B,R), and how many there are so far
+        x, wanted = [], []  # slots (B,S,D), and positions among them of those to predict (B,R)
         for part, way in parts:  # embed's bias and the mask token tell the modalities apart: type embeddings
             position = self.patch_position if way.position is None else way.position[:, : valid.shape[1]]
             first, seen = way.embed(part.encoded).tensor_split([-part.keep.shape[1]], dim=1)  # first: CLS
             slots = way.mask_token.to(seen.dtype).expand(seen.shape[0], position.shape[1], -1)
             x += [first, slots.scatter(1, part.keep.unsqueeze(-1).expand_as(seen), seen) + position]
-            wanted.append(part.gone + count + first.shape[1])
-            count += first.shape[1] + position.shape[1]
+            wanted.append(part.gone + sum(slots.shape[1] for slots in x[:-1]))
         x, wanted = torch.cat(x, dim=1), torch.cat(wanted, dim=1)
         valid = F.pad(valid, (x.shape[1] - valid.shape[1], 0), value=True) if text else None
         for block in self.blocks[:-1]:
@@ -335,9 +332,8 @@ class Decoder(nn.Module):
             part.predicted = way.head(x)
 
 # --- Losses -----------------------------------------------------------------------------------------------
-# Under torch.distributed each is the loss of the global batch, the same on every rank, and the mean over
-# ranks of the parameters' gradients (what DDP computes) is its gradient. Without gradient nothing crosses
-# ranks, so that one of them can evaluate alone.
+# Under torch.distributed each is the global batch's on every rank, and its gradient is the mean over ranks of
+# the parameters' (what DDP computes). Without gradient nothing crosses ranks: one of them can evaluate alone.
 
 def ranks():
     """(rank of this process, number of processes) for a loss."""
@@ -349,9 +345,8 @@ def gather(x):
     """(B,...) -> (G,...), the rows of all ranks; the gradient of a row is the sum of what all ranks send."""
     if ranks()[1] == 1:
         return x
-    old = "all_gather_tensor_autograd"  # its name before torch 2.13
-    all_gather = getattr(collectives, "all_gather_single_autograd", None) or getattr(collectives, old)
-    return all_gather(x.contiguous(), 0, dist.group.WORLD)
+    all_gather = getattr(collectives, "all_gather_single_autograd", None)  # its name since torch 2.13
+    return (all_gather or collectives.all_gather_tensor_autograd)(x.contiguous(), 0, dist.group.WORLD)
 
 def masked_mean(error, mask):
     """Mean over all ranks of error where mask is True -> 0-d; 0 with zero gradient where it never is."""
@@ -396,8 +391,8 @@ def simclr_loss(a, b, temperature):
         views = torch.cat([gather(a), gather(b)])  # (2G,E)
         mine = torch.arange(a.shape[0], device=a.device) + ranks()[0] * a.shape[0]
         mine = torch.cat([mine, mine + len(views) // 2])  # this rank's rows of `views`
-        itself = mine.unsqueeze(1) == torch.arange(len(views), device=a.device)
-        logits = (torch.cat([a, b]) @ views.T / temperature).masked_fill(itself, -math.inf)  # (2B,2G)
+        logits = torch.cat([a, b]) @ views.T / temperature  # (2B,2G)
+        logits = logits.scatter(1, mine.unsqueeze(1), -math.inf)  # no view is its own other one
         loss = F.cross_entropy(logits, mine.roll(a.shape[0]))
     return gather(loss.view(1)).mean()
 
@@ -497,8 +492,8 @@ class MAECLIP(nn.Module):
         c, weights, terms, images = self.config, self.config.weights(), {}, normalise(images)
         image, text = self.masked_pass(images, tokens, image_noise, text_noise)
         if "contrastive" in weights:
-            ratio, noise = c.contrastive_mask_ratio, drawn(image_noise, images, self.patches)
-            keep = random_mask(noise, ratio)[0] if ratio > 0 else None
+            ratio = c.contrastive_mask_ratio
+            keep = random_mask(drawn(image_noise, images, self.patches), ratio)[0] if ratio > 0 else None
             shared = image and 0 < ratio == c.mask_ratio  # then one masked pass serves both losses
             x = self.project_image(image.encoded if shared else self.image_encoder(images, keep))
             terms["contrastive"] = contrastive_loss(x, self.encode_text(tokens), self.logit_scale.exp())
@@ -632,7 +627,7 @@ def open_run(out, config):
     a run is there already, so that none is overwritten, or where the checkpoint is another run's."""
     if (out / "results.json").exists():
         raise DataError(f"{out}: holds a complete run; give another --out, or remove it to run it again")
-    if (out / "config.json").exists() and not config.resume:
+    if not config.resume and ((out / "config.json").exists() or checkpoints(out)):
         raise DataError(f"{out}: holds a run that was started; add --resume to go on, or give another --out")
     out.mkdir(parents=True, exist_ok=True)
     for path in checkpoints(out):
@@ -737,6 +732,8 @@ def log_line(config, model, loader, step, rows, seconds, waited):
 
 def train(config):
     """One run, from its first step or its newest checkpoint to its results; returns the exit code."""
+    from eval import evaluate, format_results, open_sets  # here, since eval.py builds on this file
+
     device, autocast = pick_device(config)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -744,6 +741,7 @@ def train(config):
     out = Path(config.out or f"runs/{config.method}-{config.scale}")
     state = open_run(out, config)
     loader = open_data(config, state)
+    sets = [open_sets(source) for source in config.eval_data.split(",") if source]  # to fail now
     torch.manual_seed(config.seed)
     model = MAECLIP(config).to(device)
     optimizer = make_optimizer(model, config)
@@ -752,9 +750,8 @@ def train(config):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    if config.compile or (config.compile is None and device.type == "cuda"):
-        small = config.width <= 256 and world == 1  # bound by the launches of kernels, which CUDA graphs save
-        net = torch.compile(net, mode="reduce-overhead" if small else None)
+    if config.compile or (config.compile is None and device.type == "cuda"):  # small steps as CUDA graphs
+        net = torch.compile(net, mode="reduce-overhead" if config.width <= 256 and world == 1 else None)
     if rank == 0:
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
     announce(config, model, net, loader, device, autocast, step)
@@ -764,46 +761,48 @@ def train(config):
     batches, began, since, waited = loader.batches(step), time.time() - seconds, time.time(), 0.0
     bar = tqdm(total=config.steps, initial=step, disable=rank > 0 or None, dynamic_ncols=True,
                unit="pairs", unit_scale=config.batch_size)
-    while step < last and not number:
-        fetching = time.time()
-        batch = next(batches)
-        waited += time.time() - fetching
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        row, finite = train_step(net, optimizer, autocast, inputs(config, step, batch, device))
-        if "contrastive" in config.weights():
-            model.logit_scale.data.clamp_(0, math.log(100))  # as in CLIP
-        rows, failed, step = [*rows, row], (failed + 1) * ~finite, step + 1
-        bar.update()
-        if step % config.log_every == 0 or step == last:  # the one place that waits for the device
-            record = log_line(config, model, loader, step, rows, time.time() - since, waited)
-            since, waited, rows = time.time(), 0.0, []
-            if rank == 0:
-                with (out / "log.jsonl").open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-                line = {name: f"{value:.4g}" for name, value in record.items()}
-                shown = (*config.weights(), "chance", "waiting")
-                bar.set_postfix({name: line[name] for name in shown if name in line})
-                tqdm.write("  ".join(f"{name} {value}" for name, value in line.items()))
-            if failed >= 20:
-                raise DataError(f"step {step}: no finite loss in {int(failed)} steps, all skipped; the last "
-                                f"checkpoint in {out} is good; lower --lr or raise --warmup")
-        if world == 1 or step % config.log_every == 0:  # all processes stop at the same step
-            sent = torch.tensor([max(signals, default=0)], device=device if world > 1 else "cpu")
-            number = int(gather(sent).max())
-        if rank == 0 and (step % config.save_every == 0 or step == last or number):
+    try:
+        while step < last and not number:
+            fetching = time.time()
+            batch = next(batches)
+            waited += time.time() - fetching
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            row, finite = train_step(net, optimizer, autocast, inputs(config, step, batch, device))
+            if "contrastive" in config.weights():
+                model.logit_scale.data.clamp_(0, math.log(100))  # as in CLIP
+            rows, failed, step = [*rows, row], (failed + 1) * ~finite, step + 1
+            bar.update()
+            if step % config.log_every == 0 or step == last:  # the one place that waits for the device
+                record = log_line(config, model, loader, step, rows, time.time() - since, waited)
+                since, waited, rows = time.time(), 0.0, []
+                if rank == 0:
+                    with (out / "log.jsonl").open("a") as file:
+                        file.write(json.dumps(record) + "\n")
+                    shown = (*config.weights(), "chance", "waiting")
+                    bar.set_postfix({name: record[name] for name in shown if name in record})
+                    tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
+                if failed >= 20:
+                    raise DataError(f"step {step}: no finite loss in {int(failed)} steps, which changed "
+                                    "nothing, so its checkpoint is good; lower --lr or raise --warmup")
+            if world == 1 or step % config.log_every == 0:  # all processes stop at the same step
+                sent = torch.tensor([max(signals, default=0)], device=device if world > 1 else "cpu")
+                number = int(gather(sent).max())
+            if rank == 0 and step % config.save_every == 0 and step < last:
+                save_checkpoint(out, model, optimizer, step, config, loader, time.time() - began)
+    finally:  # whatever ends the loop, nothing of what was trained is lost
+        if rank == 0:
             save_checkpoint(out, model, optimizer, step, config, loader, time.time() - began)
-    bar.close()
-    for n, handler in old.items():
-        signal.signal(n, handler)
+        bar.close()
+        for n, handler in old.items():
+            signal.signal(n, handler)
     if rank == 0 and loader.report():
         print(loader.report())
     if rank == 0 and (number or step < config.steps):
         again = shlex.join(x for x in sys.argv[1:] if x != "--resume")
         print(f"stopped and saved at step {step:,}; go on with: python mae_clip.py {again} --resume")
     elif rank == 0:
-        from eval import evaluate, format_results  # here, since eval.py builds on this file
-        results = evaluate(model, loader.tokenizer, config.eval_data, out) if config.eval_data else {}
+        results = evaluate(model, loader.tokenizer, config.eval_data, out) if sets else {}
         print(format_results(results) if results else "no --eval-data, so nothing is scored")
         if (out / "reconstructions.png").exists():
             print(f"picture: {out}/reconstructions.png")
@@ -816,8 +815,8 @@ def train(config):
 
 def parse(argv=None):
     """The command line as a Config: the scale's preset, overridden by the flags that were given."""
-    parser = argparse.ArgumentParser("mae_clip.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = fail
+    parser = argparse.ArgumentParser("mae_clip.py", argparse.SUPPRESS, __doc__.split("\n")[0],
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     groups = {"method": "run", "data": "data", "steps": "schedule", "image_size": "image tower",
               "text_width": "text tower", "decoder": "decoder", "mask_ratio": "masks and losses"}
     for f in fields(Config):
@@ -826,15 +825,9 @@ def parse(argv=None):
         kind = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type in (bool, bool | None):
             kind = {"action": argparse.BooleanOptionalAction}
-        name = "--" + f.name.replace("_", "-")
-        group.add_argument(name, default=argparse.SUPPRESS, help=f.metadata["help"], **kind)
+        group.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"], **kind)
     given = vars(parser.parse_args(argv))
     return Config(**SCALES[given.get("scale", Config.scale)] | given)
-
-def fail(message):
-    """Ends the program with one line that says what was wrong with its input."""
-    print(f"mae_clip.py: error: {str(message).strip().splitlines()[-1]}", file=sys.stderr)  # a worker's too
-    sys.exit(2)
 
 def main(argv=None):
     """The command line: exit code 0 when done, 2 for bad input, 130 and 143 when interrupted."""
@@ -842,8 +835,9 @@ def main(argv=None):
         sys.exit(train(parse(argv)))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (DataError, OSError, ValueError) as error:
-        fail(error)
+    except (OSError, ValueError) as error:
+        print(f"mae_clip.py: error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)  # a worker's too
+        sys.exit(2)
 
 if __name__ == "__main__":
     from mae_clip import main  # so that the module exists once, also for eval.py
