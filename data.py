@@ -92,8 +92,8 @@ def grouped(file):
                 sample = {"__key__": match[1], match[2].lower(): (info.offset_data, info.size)} | sample
                 bad = None
             file.seek(tar.offset)
-            if file.read(512).strip(b"\0"):  # a damaged header, which tarfile takes for the end
-                raise tarfile.ReadError
+            if file.read(512) != bytes(512):  # a damaged header or none, which tarfile takes for the end
+                bad = f"{name} breaks off"
     except (tarfile.TarError, OverflowError):  # the last sample may lack a field
         sample, bad = {}, f"{name} breaks off, or is no uncompressed tar"
     if sample:
