@@ -26,6 +26,7 @@ from PIL import Image
 
 import data
 import mae_clip
+from eval import fit_linear, retrieval, zero_shot
 from mae_clip import MAECLIP, METHODS, SCALES, Config, random_mask, random_text_mask
 
 HERE = Path(__file__).parent
@@ -983,6 +984,39 @@ def test_the_tokenizer_is_lossless_on_any_bytes_and_cuts_long_captions_before_eo
         ids = tokenizer.encode(text)[:14]
         row = [1, *ids, 2] + [0] * (14 - len(ids))
         assert tokenizer.batch([text], 16).tolist() == [row]
+
+
+# --- Evaluation: features in, numbers out -----------------------------------------------------
+
+
+def test_zero_shot_and_retrieval_agree_with_loops_over_sorted_scores():
+    x, c, y = unit(40, 6, seed=1), unit(7, 6, seed=2), torch.arange(40) % 7
+    ranked = [sorted(range(7), key=lambda k, row=row: -float(row @ c[k])) for row in x]
+    found = zero_shot(x, c, y)
+    assert found["acc1"] == sum(r[0] == t for r, t in zip(ranked, y.tolist(), strict=True)) / 40
+    assert found["acc5"] == sum(t in r[:5] for r, t in zip(ranked, y.tolist(), strict=True)) / 40
+    each = [[r[0] == k for r, t in zip(ranked, y.tolist(), strict=True) if t == k] for k in range(7)]
+    assert found["mean_per_class_recall"] == pytest.approx(sum(sum(e) / len(e) for e in each) / 7)
+    owner, texts = torch.arange(30) % 12, unit(30, 6, seed=3)
+    found = retrieval(x[:12], texts, owner)
+    for k in (1, 5, 10):
+        top = [sorted(range(12), key=lambda i, t=t: -float(x[i] @ t))[:k] for t in texts]
+        hits = [own in row for own, row in zip(owner.tolist(), top, strict=True)]
+        assert found[f"image_retrieval_recall@{k}"] == pytest.approx(sum(hits) / 30)
+        top = [sorted(range(30), key=lambda t, i=i: -float(texts[t] @ i))[:k] for i in x[:12]]
+        hits = [any(owner[t] == n for t in row) for n, row in enumerate(top)]
+        assert found[f"text_retrieval_recall@{k}"] == pytest.approx(sum(hits) / 12)
+
+
+def test_fit_linear_reaches_scikit_learns_objective():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, y, l2 = 3 * unit(200, 8, seed=1), torch.arange(200) % 4, 1e-3
+    peer = linear_model.LogisticRegression(C=1 / (200 * l2), tol=1e-10, max_iter=10_000).fit(x, y)
+    ours, theirs = (
+        F.cross_entropy(x @ w.T + b, y) + l2 / 2 * w.square().sum()
+        for w, b in (fit_linear(x, y, 4, l2), (torch.tensor(peer.coef_), torch.tensor(peer.intercept_)))
+    )
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
 
 
 # --- The commands, as a user types them --------------------------------------------------------------------
