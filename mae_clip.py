@@ -587,7 +587,8 @@ def pick_device(config):
     if device.type == "cpu" and config.image_size // config.patch_size <= 8:
         torch.backends.cuda.enable_flash_sdp(False)  # rules the CPU's too, which loses on short sequences
     # bfloat16 pays on a CPU that multiplies it in tiles (AMX): `small` takes 0.76 times float32's time there.
-    fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    fast = device.type == "cuda" or (device.type == "cpu" and tiles)
     enabled = fast if config.precision == "auto" else config.precision == "bf16"
     return device, torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
@@ -836,7 +837,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError) as error:
-        print(f"mae_clip.py: error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)  # a worker's too
+        line = (str(error).strip() or repr(error)).splitlines()[-1]  # of a worker's traceback the last
+        print(f"mae_clip.py: error: {line}", file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":
