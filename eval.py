@@ -216,7 +216,7 @@ def labelled_set(folder):
     """A folder in CLIP_benchmark's layout -> EvalSet; ValueError for names or templates that won't do."""
     templates, unseen = folder / "zeroshot_classification_templates.txt", folder / "unseen.txt"
     prompts = read_lines(templates) if templates.exists() else ["a photo of a {c}."]
-    classes = read_lines(folder / "classnames.txt")
+    classes = (folder / "classnames.txt").read_text(encoding="utf-8").strip().splitlines()
     if len(classes) < 2:
         raise ValueError(f"{folder}/classnames.txt: needs 2 classes to tell apart, found {len(classes)}")
     if not all("{c}" in prompt for prompt in prompts):
@@ -297,7 +297,7 @@ def features(model, tokenizer, dataset, split="test", checkpoint=None):
     found = {"pooled": torch.cat(pooled), "embedded": torch.cat(embedded)}
     if dataset.classes:
         found["labels"] = as_labels(targets, len(targets), len(dataset.classes), f"{dataset.source}: labels")
-    elif hasattr(model, "text_encoder"):
+    elif hasattr(model, "text_proj"):
         found["texts"] = encode_texts(model, tokenizer, list(itertools.chain(*targets)))
         found["image_of_text"] = torch.tensor([i for i, texts in enumerate(targets) for _ in texts])
     with suppress(OSError, RuntimeError):  # a cache that cannot be written is no error
@@ -411,7 +411,7 @@ def score_reconstruction(model, tokenizer, dataset, limit=1000):
 
 def measure(model, tokenizer, dataset, tasks, checkpoint=None):
     """-> {task: {measure: Score}} for those of `tasks` that apply to the model and the set."""
-    text, labelled, found = hasattr(model, "text_encoder"), bool(dataset.classes), {}
+    text, labelled, found = hasattr(model, "text_proj"), bool(dataset.classes), {}
     probe = labelled and Path(dataset.source, "train").is_dir() and {"linear_probe", "knn"} & set(tasks)
     match = text and ("zero_shot" if labelled else "retrieval") in tasks
     if probe or match:
@@ -557,7 +557,7 @@ def classify_photo(paths, labels, device):
     if len(classes) < 2 or len(paths) != 2:
         raise ValueError("--labels: takes two labels or more, and goes with zero-shot CHECKPOINT PHOTO")
     model, tokenizer, config = mae_clip.load(paths[0], device)
-    if not hasattr(model, "text_encoder"):
+    if not hasattr(model, "text_proj"):
         raise ValueError(f"{paths[0]}: method {config.method} has no text tower, which zero-shot needs")
     image = torch.as_tensor(data.preprocess(data.decode(Path(paths[1]).read_bytes()), config.image_size))
     classifier = class_features(model, tokenizer, classes, ["{c}"])

@@ -619,7 +619,10 @@ def load(path, device="cpu"):
     """A checkpoint's model in eval mode, its tokenizer (None where there were no captions) and its Config."""
     state = read_checkpoint(path, device)
     model = MAECLIP(state["config"]).to(device)
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError):
+        raise DataError(f"{path}: its weights do not fit its configuration") from None
     tokenizer = None if state["tokenizer"] is None else Tokenizer(state["tokenizer"])
     return model.eval(), tokenizer, state["config"]
 
