@@ -1,0 +1,991 @@
+"""MAE-CLIP in one file: contrastive language-image training with masked autoencoding, and its neighbours.
+
+The question is that of Weers et al., "Masked Autoencoding Does Not Help Natural Language Supervision at
+Scale" (CVPR 2023, arXiv 2301.07836). One set of parts gives five methods, so that any two differ in nothing
+but the thing compared: clip (Radford et al. 2021), mae (He et al. 2021), m3ae (Geng et al. 2022), mae_clip
+and slip (Mu et al. 2021). Down to the end of the class MAECLIP stands the method; what follows trains it.
+
+    python mae_clip.py --scale small                                  built-in data, minutes on a laptop
+    python mae_clip.py --method clip --data 'pairs-{000..123}.tar'    your own shards
+    torchrun --nproc-per-node 8 mae_clip.py --scale base --data ...   every GPU of a machine
+    python mae_clip.py --help                                         all flags
+
+Shapes: B batch, N patches, K kept, R removed, T tokens, D width, E embedding, P patch side, V vocabulary, G
+pairs of all ranks. In every mask True means removed.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+import zlib
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed import _functional_collectives as collectives
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from data import Batch, DataError, Loader, Tokenizer, builtin, simclr_view
+
+# --- Configuration: what is trained, and how --------------------------------------------------------------
+# Each method's loss terms; the loss is their sum, weighted by the flags --contrastive-weight and so on.
+METHODS = {
+    "clip": ("contrastive",),
+    "mae": ("image",),
+    "m3ae": ("image", "text"),
+    "mae_clip": ("contrastive", "image", "text"),
+    "slip": ("contrastive", "simclr"),
+}
+SIZES = ("image_size patch_size width depth heads text_width text_depth text_heads context embed "
+         "decoder_width decoder_depth decoder_heads").split()
+SCALES = {
+    "tiny": dict(zip(SIZES, (32, 8, 64, 2, 2, 64, 1, 2, 16, 64, 32, 1, 1), strict=True),
+                 scenes=2000, batch_size=64, steps=60, warmup=10, log_every=10),
+    "small": dict(zip(SIZES, (32, 8, 96, 3, 3, 96, 1, 3, 16, 64, 64, 1, 2), strict=True)),
+    "base": dict(zip(SIZES, (224, 16, 768, 12, 12, 512, 12, 8, 77, 512, 512, 8, 16), strict=True),
+                 batch_size=4096, steps=90_000, warmup=2000, lr=1e-3, crop=0.5),
+    "large": dict(zip(SIZES, (224, 16, 1024, 24, 16, 768, 12, 12, 77, 768, 512, 8, 16), strict=True),
+                  batch_size=4096, steps=90_000, warmup=2000, lr=5e-4, crop=0.5),
+}
+
+def flag(default, help, low=None, high=math.inf, choices=None):
+    """A field of Config, with what its flag on the command line says and accepts."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+@dataclass
+class Config:
+    """Every setting of a run; each field is a flag (batch_size: --batch-size). The defaults are `small`'s."""
+    method: str = flag("mae_clip", "what is trained", choices=tuple(METHODS))
+    scale: str = flag("small", "preset of sizes and schedule that any flag overrides", choices=tuple(SCALES))
+    out: str = flag("", "folder of the run; empty: runs/METHOD-SCALE")
+    resume: bool = flag(False, "go on from the newest checkpoint in the run's folder")
+    seed: int = flag(0, "of initial weights, order, crops, captions and masks", low=0)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1")
+    precision: str = flag("auto", "of matrix products", choices=("auto", "fp32", "bf16"))
+    compile: bool | None = flag(None, "torch.compile; by default on CUDA only")
+    grad_checkpoint: bool = flag(False, "compute activations again in the backward pass: slower, less memory")
+    accumulate: int = flag(1, "pieces of a batch that are in memory one at a time; losses stay the batch's", low=1)
+    log_every: int = flag(50, "steps between lines of the log", low=1)
+    save_every: int = flag(500, "steps between checkpoints", low=1)
+    data: str = flag("", "shards: paths, globs, {000..123}, joined by ::; empty: the built-in scenes")
+    eval_data: str = flag("", "sets to evaluate on, joined by commas: captioned shards or labelled folders")
+    tokenizer: str = flag("", "vocabulary file to share between runs; empty: trained on the captions")
+    scenes: int = flag(40_000, "built-in data: training images", low=100)
+    data_seed: int = flag(0, "built-in data: seed, which also fixes the pairs never trained on", low=0)
+    resample: bool = flag(False, "draw shards with replacement, read in sequence: for runs of billions")
+    workers: int = flag(-1, "processes that decode; -1: none on a CPU, 8 for a GPU", low=-1)
+    crop: float = flag(1.0, "least area of a random resized crop; 1: centre crop", low=0.01, high=1)
+    steps: int = flag(2000, "optimiser steps", low=1)
+    epochs: float = flag(0.0, "passes over the data; above 0 it sets --steps", low=0)
+    stop_after: int = flag(0, "save and stop after this many steps in all, schedule unchanged", low=0)
+    batch_size: int = flag(256, "pairs a step, over all processes", low=2)
+    lr: float = flag(3e-3, "peak learning rate", low=0)
+    warmup: int = flag(100, "steps of linear warm-up before the cosine to zero", low=0)
+    weight_decay: float = flag(0.1, "AdamW's decay, on matrices only", low=0)
+    image_size: int = flag(32, "pixels a side", low=1)
+    patch_size: int = flag(8, "pixels a side", low=1)
+    width: int = flag(96, "of the image tower", low=4)
+    depth: int = flag(3, "blocks of the image tower", low=1)
+    heads: int = flag(3, "attention heads of the image tower", low=1)
+    pool: str = flag("gap", "feature: mean or maximum of patch tokens, or CLS", choices=("gap", "max", "cls"))
+    text_width: int = flag(96, "of the text tower (in m3ae words have the image tower's width)", low=4)
+    text_depth: int = flag(1, "blocks of the text tower", low=1)
+    text_heads: int = flag(3, "attention heads of the text tower", low=1)
+    context: int = flag(16, "tokens a caption, with SOT and EOT", low=3)
+    vocab_size: int = flag(0, "asked of the tokenizer; 0: 512 for contexts of up to 32, else 32,768", low=0)
+    embed: int = flag(64, "width of the joint embedding", low=1)
+    decoder: str = flag("joint", "joint: self-attention over all; cross: removed ones query visible ones",
+                        choices=("joint", "cross"))
+    decoder_width: int = flag(64, "of the decoder", low=4)
+    decoder_depth: int = flag(1, "blocks of the decoder", low=1)
+    decoder_heads: int = flag(2, "attention heads of the decoder", low=1)
+    mask_ratio: float = flag(0.75, "share of patches removed (MAE: 0.75)", low=0, high=1)
+    text_mask_ratio: float = flag(0.75, "share of tokens removed (M3AE: 0.75)", low=0, high=1)
+    contrastive_mask_ratio: float = flag(0.0, "patches removed for the contrastive loss (FLIP: 0.5)", 0, 1)
+    norm_pix: bool = flag(True, "predict patches normalised by their own mean and variance (MAE)")
+    contrastive_weight: float = flag(1.0, "weight of InfoNCE", low=0)
+    image_weight: float = flag(0.1, "weight of the image reconstruction", low=0)
+    text_weight: float = flag(0.05, "weight of the text reconstruction", low=0)
+    simclr_weight: float = flag(1.0, "weight of SimCLR's loss (SLIP: 1)", low=0)
+
+    def __post_init__(self):
+        """ValueError, of one line, for a value that does not fit."""
+        for f in fields(self):
+            name, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
+            low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{name} {value}: must be one of {', '.join(choices)}")
+            if low is not None and not low <= value <= high:
+                raise ValueError(f"{name} {value}: must be from {low} to {high}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"--patch-size {self.patch_size}: must divide --image-size {self.image_size}")
+        for tower in ("", "text-", "decoder-"):
+            width, heads = (getattr(self, tower.replace("-", "_") + part) for part in ("width", "heads"))
+            if width % heads or width % 4:
+                raise ValueError(f"--{tower}width {width}: must be a multiple of 4 and of its {heads} heads")
+        self.vocab_size = self.vocab_size or (512 if self.context <= 32 else 32_768)
+        if not self.weights():
+            raise ValueError(f"--method {self.method}: all weights of its loss are 0, so nothing would train")
+
+    def weights(self):
+        """The terms of the loss that are computed, with their weights: {term: weight above 0}."""
+        weights = {term: getattr(self, term + "_weight") for term in METHODS[self.method]}
+        return {term: weight for term, weight in weights.items() if weight > 0}
+
+# --- Patches, positions and masks -------------------------------------------------------------------------
+EOT = 2  # data.py's Tokenizer makes of a caption SOT (1), its tokens, EOT (2), padding (0)
+IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as in MAE and SLIP
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+def normalise(images):
+    """uint8 (B,3,H,W) -> float32 by ImageNet's mean and deviation; float images are taken as normalised."""
+    if images.dtype != torch.uint8:
+        return images
+    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
+    return (images.float() / 255 - mean) / std
+
+def patchify(images, patch):
+    """(B,3,H,W) -> (B,N,P*P*3): patches row by row; in each, rows, columns, channel fastest (as MAE)."""
+    B, C, H, W = images.shape
+    assert H % patch == 0 and W % patch == 0, f"patches of {patch} do not divide an image of {H} x {W}"
+    x = images.reshape(B, C, H // patch, patch, W // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)
+
+def unpatchify(patches, patch, height, width):
+    """(B,N,P*P*3) -> (B,3,H,W): the inverse of patchify."""
+    x = patches.reshape(patches.shape[0], height // patch, width // patch, patch, patch, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, height, width)
+
+def sincos_2d(width, rows, cols):
+    """Fixed positions (rows*cols, width): the first half codes the column, the second the row (MAE's order).
+
+    Each half holds sines, then cosines, of position / 10000^(k / (width/4)), k = 0 ... width/4 - 1."""
+    assert width % 4 == 0, f"sin-cos positions need a width divisible by 4, not {width}"
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    angles = [position.reshape(-1, 1) * omega for position in (col, row)]  # each (rows*cols, width/4)
+    return torch.cat([half for a in angles for half in (a.sin(), a.cos())], dim=1).float()
+
+def kept(length, ratio):
+    """How many of `length` stay when `ratio` is removed. Rounded: int(100 * (1 - 0.9)) alone would be 9."""
+    return int(length * (1 - ratio) + 0.5)
+
+def random_mask(noise, ratio):
+    """Which patches stay: those of smallest noise in each sample (MAE's rule), at least one.
+
+    noise (B,N) -> keep (B,K) their positions, mask (B,N) bool, True where removed."""
+    keep = noise.argsort(dim=1)[:, : max(1, kept(noise.shape[1], ratio))]
+    return keep, torch.ones_like(noise, dtype=torch.bool).scatter(1, keep, False)
+
+def random_text_mask(noise, tokens, ratio):
+    """Which tokens stay. Every caption gets the same number of slots, whatever its length: shapes are static.
+
+    noise, tokens (B,T) -> keep (B,K): positions of SOT, EOT, the kept tokens, then padding; mask (B,T) bool,
+    True where removed, which SOT, EOT and padding never are."""
+    T = tokens.shape[1]
+    position, end = torch.arange(T, device=tokens.device), caption_end(tokens)
+    word = (position > 0) & (position < end)
+    # Looked up by length in a table made on the host: float32 rounding plays no part in the count.
+    count = torch.tensor([0] + [kept(length, ratio) for length in range(T - 1)], device=tokens.device)[end]
+    rank = noise.masked_fill(~word, math.inf).argsort(dim=1).argsort(dim=1)  # of a word in its caption
+    mask = word & (rank >= count)
+    special = (position == 0) | (position == end)
+    order = torch.where(special, 0, torch.where(mask, 3, torch.where(word, 1, 2)))
+    return order.argsort(dim=1, stable=True)[:, : 2 + kept(T - 2, ratio)], mask
+
+def caption_end(tokens):
+    """tokens (B,T) -> (B,1): EOT's position. What follows it is padding, whatever ids stand there."""
+    return (tokens == EOT).int().argmax(dim=1, keepdim=True)
+
+def removed(mask, count):
+    """mask (B,N) -> (B,count) positions, the removed ones first: what the decoder must predict."""
+    return mask.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+
+def take(x, index):
+    """x (B or 1,N,D), index (B,K) -> (B,K,D): the rows that index names in each sample."""
+    return x.expand(index.shape[0], -1, -1).gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+# --- Transformer: block, image encoder, text encoder, decoder ---------------------------------------------
+class Block(nn.Module):
+    """Pre-norm transformer block with timm's parameter names, the same for images, text and decoder."""
+    again = False  # with --grad-checkpoint: activations are not kept, but computed again in the backward pass
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn, self.mlp = nn.Module(), nn.Module()
+        self.attn.qkv, self.attn.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def attention(self, x, valid, query):
+        """query (B,Q,D), or x where it is None, attends to x (B,T,D); valid (B,T) says which keys exist."""
+        weight, bias, D = self.attn.qkv.weight, self.attn.qkv.bias, x.shape[-1]
+        if query is None:
+            q, k, v = self.attn.qkv(x).chunk(3, dim=-1)
+        else:
+            q = F.linear(query, weight[:D], bias[:D])
+            k, v = F.linear(x, weight[D:], bias[D:]).chunk(2, dim=-1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B,h,T,D/h)
+        mask = None if valid is None else valid[:, None, None, :]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.attn.proj(x.transpose(1, 2).flatten(2))
+
+    def forward(self, x, valid=None, query=None):
+        """x (B,T,D) -> (B,T,D); with query (B,Q,D), the rows that are wanted, just those -> (B,Q,D)."""
+        if self.again and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, valid, query, use_reentrant=False)
+        return self.compute(x, valid, query)
+
+    def compute(self, x, valid, query):
+        """What forward gives."""
+        y = None if query is None else self.norm1(query)
+        x = (x if query is None else query) + self.attention(self.norm1(x), valid, y)
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
+
+class ImageEncoder(nn.Module):
+    """Vision transformer with timm's parameter names; removed patches never enter it."""
+    def __init__(self, config):
+        super().__init__()
+        side, width = config.image_size // config.patch_size, config.width
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(3, width, config.patch_size, config.patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("pos_embed", F.pad(sincos_2d(width, side, side), (0, 0, 1, 0)).unsqueeze(0))
+        self.type_embed = nn.Parameter(torch.zeros(1, 1, width)) if config.method == "m3ae" else None
+        self.blocks = nn.ModuleList([Block(width, config.heads) for _ in range(config.depth)])
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, images, keep=None, words=None, valid=None):
+        """images (B,3,H,W) uint8 or normalised float, keep (B,K) positions of the patches seen (None: all)
+        -> (B,1+K,D) after the final norm, CLS first. For m3ae's trunk words (B,T,D), embedded, of which
+        those `valid` (B,T) count, follow the patches -> (B,1+K+T,D)."""
+        proj, position = self.patch_embed.proj, self.pos_embed[:, 1:]
+        x = patchify(normalise(images), proj.kernel_size[0])  # (B,N,P*P*3)
+        if keep is not None:  # dropped before the projection, so that work follows the visible patches
+            x, position = take(x, keep), take(position, keep)
+        x = F.linear(x, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias) + position  # (B,K,D)
+        if self.type_embed is not None:
+            x = x + self.type_embed
+        cls = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
+        if words is not None:
+            x, valid = torch.cat([x, words], dim=1), F.pad(valid, (x.shape[1], 0), value=True)
+        for block in self.blocks:
+            x = block(x, valid)
+        return self.norm(x)
+
+class TextEmbedding(nn.Module):
+    """Tokens with learned positions."""
+    def __init__(self, config, width):
+        super().__init__()
+        self.token = nn.Embedding(config.vocab_size, width)
+        self.position = nn.Parameter(torch.zeros(1, config.context, width))
+
+    def forward(self, tokens, keep=None):
+        """tokens (B,T), keep (B,K) positions or None -> (B,T or K,D), and valid (B,T or K): no padding."""
+        position = self.position[:, : tokens.shape[1]]
+        valid = torch.arange(tokens.shape[1], device=tokens.device) <= caption_end(tokens)
+        if keep is not None:
+            tokens, valid, position = tokens.gather(1, keep), valid.gather(1, keep), take(position, keep)
+        return self.token(tokens) + position, valid
+
+class TextEncoder(nn.Module):
+    """Bidirectional text transformer in which padding is never attended to.
+
+    Not causal as CLIP's is: a causal tower could not use what stands right of a removed token."""
+    def __init__(self, config):
+        super().__init__()
+        width = config.text_width
+        self.embed = TextEmbedding(config, width)
+        self.blocks = nn.ModuleList([Block(width, config.text_heads) for _ in range(config.text_depth)])
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, tokens, keep=None, only=None):
+        """tokens (B,T), keep (B,K) positions or None -> (B,T or K,D) after the final norm.
+
+        only (B,Q): slots that are wanted; the last block then computes just those -> (B,Q,D)."""
+        x, valid = self.embed(tokens, keep)
+        for block in self.blocks[:-1]:
+            x = block(x, valid)
+        return self.norm(self.blocks[-1](x, valid, None if only is None else take(x, only)))
+
+@dataclass
+class Masked:
+    """One modality in the masked pass: positions kept and removed, and what becomes of both."""
+    mask: torch.Tensor  # (B, N or T), True where removed
+    keep: torch.Tensor  # (B,K) positions that the encoder sees
+    gone: torch.Tensor  # (B,R) positions that the decoder predicts
+    seen: torch.Tensor  # (B,K or 1+K for patches) bool, False where a slot that is kept is padding
+    asked: torch.Tensor  # (B,R) bool, False where a slot to predict holds no removed token
+    encoded: torch.Tensor | None = None  # (B,K,D), patches with CLS before them
+    predicted: torch.Tensor | None = None  # (B,R,P*P*3) or (B,R,V), in the order of gone
+
+class Decoder(nn.Module):
+    """Predicts removed patches and tokens from the visible ones of both, by self-attention over all of them
+    (joint: MAE's and M3AE's form) or by attention from removed to visible ones (cross)."""
+    def __init__(self, config, text_width):
+        """text_width: of the encoded tokens, or None for a decoder of images alone."""
+        super().__init__()
+        side, width, self.joint = config.image_size // config.patch_size, config.decoder_width, config.decoder == "joint"
+        self.image_embed = nn.Linear(config.width, width)
+        self.image_mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("image_position", sincos_2d(width, side, side).unsqueeze(0), persistent=False)
+        self.image_head = nn.Linear(width, config.patch_size**2 * 3)
+        if text_width:
+            self.image_type = nn.Parameter(torch.zeros(1, 1, width))
+            self.text_embed = nn.Linear(text_width, width)
+            self.text_mask_token = nn.Parameter(torch.zeros(1, 1, width))
+            self.text_position = nn.Parameter(torch.zeros(1, config.context, width))  # holds the type
+            self.text_head = nn.Linear(width, config.vocab_size)
+        self.blocks = nn.ModuleList([Block(width, config.decoder_heads) for _ in range(config.decoder_depth)])
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, image, text):
+        """image, text: Masked or None; sets what is predicted of each."""
+        visible, hidden, there = [], [], [part for part in (image, text) if part]
+        if image:
+            position = self.image_position + (self.image_type if hasattr(self, "image_type") else 0)
+            x = self.image_embed(image.encoded)  # (B,1+K,D)
+            visible.append(torch.cat([x[:, :1], x[:, 1:] + take(position, image.keep)], dim=1))
+            hidden.append(self.image_mask_token + take(position, image.gone))
+        if text:
+            visible.append(self.text_embed(text.encoded) + take(self.text_position, text.keep))
+            hidden.append(self.text_mask_token + take(self.text_position, text.gone))
+        x, wanted = torch.cat(visible, dim=1), torch.cat(hidden, dim=1)
+        valid = [part.seen for part in there] + [part.asked for part in there if self.joint]
+        valid = torch.cat(valid, dim=1) if text else None  # images have no padding
+        if self.joint:  # the order of tokens means nothing to attention
+            R, x = wanted.shape[1], torch.cat([x, wanted], dim=1)
+            for block in self.blocks[:-1]:
+                x = block(x, valid)
+            wanted = self.blocks[-1](x, valid, query=x[:, x.shape[1] - R :])  # only what is asked for
+        else:
+            for block in self.blocks:
+                wanted = block(x, valid, query=wanted)
+        parts = self.norm(wanted).split([part.gone.shape[1] for part in there], dim=1)
+        if image:
+            image.predicted = self.image_head(parts[0])
+        if text:
+            text.predicted = self.text_head(parts[-1])
+
+# --- Losses -----------------------------------------------------------------------------------------------
+# Under torch.distributed each is the loss of the global batch, the same on every rank, and the mean over
+# ranks of the parameters' gradients (what DDP computes) is its gradient. Without gradient nothing crosses
+# ranks, so that one of them can evaluate alone.
+
+def ranks():
+    """(rank of this process, number of processes) for a loss."""
+    if dist.is_available() and dist.is_initialized() and torch.is_grad_enabled():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+def gather(x):
+    """(B,...) -> (G,...), the rows of all ranks; the gradient of a row is the sum of what all ranks send."""
+    if ranks()[1] == 1:
+        return x
+    old = "all_gather_tensor_autograd"  # its name before torch 2.13
+    all_gather = getattr(collectives, "all_gather_single_autograd", None) or getattr(collectives, old)
+    return all_gather(x.contiguous(), 0, dist.group.WORLD)
+
+def global_mean(total, count):
+    """Sums (n,) and the numbers (n,) of what they add up -> their mean over all ranks, 0-d; 0 with zero
+    gradient where nothing counts."""
+    return gather(total).sum() / gather(count.to(total.dtype)).sum().clamp(min=1)
+
+def wide(x):
+    """float32 at least: logits, softmax and pixel statistics are never taken in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+def contrastive_loss(image_features, text_features, scale):
+    """Symmetric InfoNCE, the mean of both directions (CLIP), over the pairs of all ranks.
+
+    image_features, text_features (B,E) of unit norm, scale the factor on the cosine (float or 0-d) -> 0-d.
+    Each rank computes its own rows against the columns of all."""
+    with torch.autocast(image_features.device.type, enabled=False):
+        image, text = wide(image_features), wide(text_features)
+        pair = torch.arange(image.shape[0], device=image.device) + ranks()[0] * image.shape[0]
+        of_images = F.cross_entropy(scale * image @ gather(text).T, pair)
+        of_texts = F.cross_entropy(scale * text @ gather(image).T, pair)
+    return gather((of_images + of_texts).view(1) / 2).mean()
+
+def patch_targets(patches, normalise=True):
+    """(...,P*P*3) -> each patch less its mean, over the root of its unbiased variance + 1e-6 (MAE)."""
+    if not normalise:
+        return wide(patches)
+    variance, mean = torch.var_mean(wide(patches), dim=-1, keepdim=True)
+    return (wide(patches) - mean) / (variance + 1e-6).sqrt()
+
+def image_error(prediction, patches, mask, normalise=True):
+    """What image_loss averages: the sum (1,) of the removed patches' mean squared errors, their number (1,)."""
+    error = (wide(prediction) - patch_targets(patches, normalise)).square().mean(dim=-1)
+    return error.where(mask, 0).sum().view(1), mask.sum().view(1)
+
+def image_loss(prediction, patches, mask, normalise=True):
+    """Mean squared error of the removed patches (MAE): prediction, patches (...,P*P*3), mask (...) -> 0-d."""
+    return global_mean(*image_error(prediction, patches, mask, normalise))
+
+def text_error(logits, tokens, mask):
+    """What text_loss averages: the sum (1,) of the removed tokens' cross-entropies, their number (1,)."""
+    error = F.cross_entropy(wide(logits).flatten(0, -2), tokens.flatten(), reduction="none")
+    return error.where(mask.flatten(), 0).sum().view(1), mask.sum().view(1)
+
+def text_loss(logits, tokens, mask):
+    """Cross-entropy of the removed tokens: logits (...,V), tokens (...), mask (...) -> 0-d."""
+    return global_mean(*text_error(logits, tokens, mask))
+
+def simclr_loss(a, b, temperature):
+    """NT-Xent (SimCLR): each of 2G views (a, b (B,E), normalised here) must find its other one -> 0-d."""
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = F.normalize(wide(a), dim=-1), F.normalize(wide(b), dim=-1)
+        views = torch.cat([gather(a), gather(b)])  # (2G,E)
+        mine = torch.arange(a.shape[0], device=a.device) + ranks()[0] * a.shape[0]
+        mine = torch.cat([mine, mine + len(views) // 2])  # this rank's rows of `views`
+        itself = mine.unsqueeze(1) == torch.arange(len(views), device=a.device)
+        logits = (torch.cat([a, b]) @ views.T / temperature).masked_fill(itself, -math.inf)  # (2B,2G)
+        loss = F.cross_entropy(logits, mine.roll(a.shape[0]))
+    return gather(loss.view(1)).mean()
+
+# --- The model --------------------------------------------------------------------------------------------
+# Which terms of the loss train which parameters, by the first prefix that fits; without one they are frozen.
+TRAINED_BY = {
+    "image_encoder.patch_embed": "contrastive image simclr", "image_encoder.type_embed": "image",
+    "image_encoder": "contrastive image simclr trunk", "text_encoder": "contrastive text",
+    "image_proj": "contrastive", "text_proj": "contrastive", "logit_scale": "contrastive",
+    "text_embed": "text", "decoder.image": "image", "decoder.text": "text", "decoder": "image text",
+    "simclr_head": "simclr",
+}
+
+def drawn(noise, images, count):
+    """noise, or where it is None (B,count) from torch's global generator."""
+    return torch.rand(images.shape[0], count, device=images.device) if noise is None else noise
+
+def pool(x, how):
+    """Encoded tokens (B,1+K,D), CLS first -> image feature (B,D)."""
+    if how == "cls":
+        return x[:, 0]
+    return x[:, 1:].mean(dim=1) if how == "gap" else x[:, 1:].amax(dim=1)
+
+class MAECLIP(nn.Module):
+    """The five methods over one set of parts; see METHODS and Config."""
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.patches = config, (config.image_size // config.patch_size) ** 2
+        D, terms = config.width, METHODS[config.method]
+        seed = int(torch.randint(2**31, (), device="cpu"))  # before the parts draw what initialise overwrites
+        self.image_encoder = ImageEncoder(config)
+        if "contrastive" in terms:
+            self.text_encoder = TextEncoder(config)
+            self.image_proj = nn.Linear(D, config.embed, bias=False)
+            self.text_proj = nn.Linear(config.text_width, config.embed, bias=False)
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's initial temperature
+        if config.method == "m3ae":
+            self.text_embed = TextEmbedding(config, D)  # its positions are learned: they hold the type, too
+        if "image" in terms:
+            text_width = {"mae": None, "m3ae": D, "mae_clip": config.text_width}[config.method]
+            self.decoder = Decoder(config, text_width)
+        if "simclr" in terms:  # SLIP's head, with LayerNorm for its SyncBatchNorm, which couples samples
+            sizes = ((D, 4 * D), (4 * D, 4 * D))
+            hidden = [part for i, o in sizes for part in (nn.Linear(i, o), nn.LayerNorm(o), nn.GELU())]
+            self.simclr_head = nn.Sequential(*hidden, nn.Linear(4 * D, 256))
+        for block in self.modules():
+            block.again = config.grad_checkpoint
+        self.initialise(seed)
+
+    @torch.no_grad()
+    def initialise(self, seed):
+        """Draws the weights (Xavier for matrices, 0.02 for tokens, as MAE), each by the seed and its own
+        name, so that methods start from the same weights in what they share; freezes what nothing trains."""
+        used = set(self.config.weights()) | ({"trunk"} if self.config.method == "m3ae" else set())
+        for name, parameter in self.named_parameters():
+            generator = torch.Generator().manual_seed(seed + (zlib.crc32(name.encode()) << 31))
+            if any(word in name for word in ("token", "position", "type")):
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+            elif parameter.ndim > 1:  # the patch convolution counts as a matrix
+                nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            terms = next(terms for prefix, terms in TRAINED_BY.items() if name.startswith(prefix))
+            parameter.requires_grad_(not used.isdisjoint(terms.split()))
+
+    def project_image(self, x):
+        """Encoded tokens (B,1+K,D) -> image features (B,E) float32 of unit norm."""
+        x = pool(x, self.config.pool)
+        return F.normalize(wide(self.image_proj(x) if hasattr(self, "image_proj") else x), dim=-1)
+
+    def encode_image(self, images):
+        """images (B,3,H,W), unmasked -> (B,E) of unit norm; (B,D) for mae and m3ae, without a projection."""
+        return self.project_image(self.image_encoder(images))
+
+    def encode_text(self, tokens):
+        """tokens (B,T) -> (B,E) of unit norm, from EOT; ValueError for a method without text tower."""
+        if not hasattr(self, "text_encoder"):
+            raise ValueError(f"method {self.config.method} has no text tower: use clip, mae_clip or slip")
+        x = self.text_encoder(tokens, only=caption_end(tokens)).squeeze(1)
+        return F.normalize(wide(self.text_proj(x)), dim=-1)
+
+    def masked_pass(self, images, tokens, image_noise, text_noise):
+        """Removes patches and tokens, encodes what is left and predicts the rest; noise None is drawn.
+
+        -> image, text: Masked, or None for a modality without weight, which takes no part."""
+        c, image, text = self.config, None, None
+        if "image" in c.weights():
+            keep, mask = random_mask(drawn(image_noise, images, self.patches), c.mask_ratio)
+            gone = removed(mask, self.patches - keep.shape[1])
+            seen = mask.new_ones(mask.shape[0], 1 + keep.shape[1])  # CLS and patches: none is padding
+            image = Masked(mask, keep, gone, seen, torch.ones_like(gone, dtype=torch.bool))
+        if "text" in c.weights():
+            most = tokens.shape[1] - 2  # words in the longest caption: none has more to predict
+            keep, mask = random_text_mask(drawn(text_noise, images, most + 2), tokens, c.text_mask_ratio)
+            gone = removed(mask, most - kept(most, c.text_mask_ratio))
+            text = Masked(mask, keep, gone, keep <= caption_end(tokens), mask.gather(1, gone))
+        if c.method == "m3ae":  # one trunk over [CLS, visible patches, visible tokens]
+            words = self.text_embed(tokens, text.keep) if text else ()
+            x = self.image_encoder(images, image.keep if image else tokens[:, :0], *words)
+            seen, read = x.tensor_split([1 + image.keep.shape[1] if image else 1], dim=1)
+        else:
+            seen = self.image_encoder(images, image.keep) if image else None
+            read = self.text_encoder(tokens, text.keep) if text else None
+        if image:
+            image.encoded = seen
+        if text:
+            text.encoded = read
+        if image or text:
+            self.decoder(image, text)
+        return image, text
+
+    def forward(self, images, tokens, image_noise=None, text_noise=None, views=None, parts=False):
+        """images (B,3,H,W) uint8 or normalised float, tokens (B,T), uniform noise (B,N) and (B,T) for the
+        masks (None: drawn from torch's global generator), views: a pair of image batches, for slip ->
+        dict of 0-d tensors: the unweighted terms that apply, and `loss`, their weighted sum; with `parts`
+        {term: what its loss takes}, each tensor's rows those of the batch, or one row that adds up."""
+        c, weights, found = self.config, self.config.weights(), {}
+        images = normalise(images)
+        image, text = self.masked_pass(images, tokens, image_noise, text_noise)
+        if "contrastive" in weights:
+            ratio, keep = c.contrastive_mask_ratio, None
+            if ratio > 0:
+                keep = random_mask(drawn(image_noise, images, self.patches), ratio)[0]
+            shared = image and 0 < ratio == c.mask_ratio  # then one masked pass serves both losses
+            x = self.project_image(image.encoded if shared else self.image_encoder(images, keep))
+            found["contrastive"] = x, self.encode_text(tokens), self.logit_scale.exp().view(1)
+        if image:
+            target = take(patchify(images, c.patch_size), image.gone)
+            found["image"] = image_error(image.predicted, target, image.asked, c.norm_pix)
+        if text:
+            found["text"] = text_error(text.predicted, tokens.gather(1, text.gone), text.asked)
+        if "simclr" in weights:
+            x = pool(self.image_encoder(torch.cat([normalise(view) for view in views])), c.pool)
+            found["simclr"] = self.simclr_head(x).chunk(2)
+        return found if parts else self.losses(found)
+
+    def losses(self, found):
+        """forward's parts -> its terms and their weighted sum, over the pairs of all ranks."""
+        weights, terms = self.config.weights(), {}
+        for term, parts in found.items():
+            if term == "contrastive":
+                terms[term] = contrastive_loss(*parts[:2], parts[2].mean())
+            else:
+                terms[term] = simclr_loss(*parts, temperature=0.1) if term == "simclr" else global_mean(*parts)
+        return terms | {"loss": sum(weights[term] * terms[term] for term in weights)}
+
+    @torch.no_grad()
+    def reconstruct(self, images, tokens, image_noise=None, text_noise=None):
+        """What the decoder makes of a masked pair -> dict: `image` (B,N,P*P*3) in the loss's space (each
+        patch normalised if norm_pix), true where visible; `image_mask` (B,N); `text` (B,T) ids, predicted
+        where removed, else the caption's own; `text_mask` (B,T). ValueError for a method without decoder."""
+        if not hasattr(self, "decoder"):
+            raise ValueError(f"method {self.config.method} has no decoder: use mae, m3ae or mae_clip")
+        images = normalise(images)
+        image, text = self.masked_pass(images, tokens, image_noise, text_noise)
+        patches = patch_targets(patchify(images, self.config.patch_size), self.config.norm_pix)
+        result = {"image": patches, "image_mask": torch.zeros_like(patches[..., 0], dtype=torch.bool),
+                  "text": tokens, "text_mask": torch.zeros_like(tokens, dtype=torch.bool)}
+        if image:
+            index = image.gone.unsqueeze(-1).expand_as(image.predicted)
+            result["image"] = patches.scatter(1, index, image.predicted.to(patches.dtype))
+            result["image_mask"] = image.mask
+        if text:
+            guess = torch.zeros_like(tokens).scatter(1, text.gone, text.predicted.argmax(dim=-1))
+            result["text"] = torch.where(text.mask, guess, tokens)
+            result["text_mask"] = text.mask
+        return result
+
+# === Training: optimiser, checkpoints, data, the loop, the command line ===================================
+# What may differ between a run and its continuation with --resume; all else must be the same.
+MAY_CHANGE = {"out", "resume", "device", "precision", "compile", "log_every", "save_every", "data",
+              "eval_data", "tokenizer", "workers", "stop_after", "vocab_size", "grad_checkpoint", "accumulate"}
+
+def learning_rate(step, config):
+    """Linear warm-up to config.lr, then half a cosine down to 0 at config.steps."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (1 + math.cos(math.pi * progress)) / 2
+
+def make_optimizer(model, config):
+    """Fused AdamW over what is trained; weights of linear, convolution and embedding layers alone decay."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if p.ndim > 1 and name.endswith("weight")]
+    others = [p for name, p in trained if p.ndim < 2 or not name.endswith("weight")]
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, config.lr, (0.9, 0.98), 1e-6, config.weight_decay, fused=True)
+
+def pick_device(config):
+    """-> the device of this process, and the autocast for its forward passes."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = best if config.device == "auto" else config.device
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
+    if device.type == "cpu" and config.image_size // config.patch_size <= 8:
+        torch.backends.cuda.enable_flash_sdp(False)  # rules the CPU's too, which loses on short sequences
+    # bfloat16 pays on a CPU that multiplies it in tiles (AMX): `small` takes 0.76 times float32's time there.
+    fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
+    enabled = fast if config.precision == "auto" else config.precision == "bf16"
+    return device, torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+def save_checkpoint(out, model, optimizer, step, config, loader, seconds):
+    """Writes all that a run goes on from, whole or not at all, and removes all but the last two. Order, crops
+    and masks follow from the seed and the step, so there is no random state to keep."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+             "position": loader.position, "seconds": seconds, "config": asdict(config), "data": loader.identity,
+             "tokenizer": loader.tokenizer.state() if loader.tokenizer else None}
+    torch.save(state, out / "checkpoint.part")
+    (out / "checkpoint.part").replace(out / f"checkpoint-{step}.pt")
+    for old in checkpoints(out)[2:]:
+        old.unlink()
+
+def read_checkpoint(path, device="cpu"):
+    """What save_checkpoint wrote, its config as Config; DataError where that is missing or damaged."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        return state | {"config": Config(**state["config"])}
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except Exception as error:  # a damaged file raises nearly anything
+        raise DataError(f"{path}: not a whole checkpoint ({type(error).__name__})") from None
+
+def load(path, device="cpu"):
+    """A checkpoint's model in eval mode, its tokenizer (None where there were no captions) and its Config."""
+    state = read_checkpoint(path, device)
+    model = MAECLIP(state["config"]).to(device)
+    model.load_state_dict(state["model"])
+    return model.eval(), state["tokenizer"] and Tokenizer.from_state(state["tokenizer"]), state["config"]
+
+def checkpoints(out):
+    """The checkpoints of a run's folder, newest first."""
+    return sorted(Path(out).glob("checkpoint-*.pt"), key=lambda path: -int(path.stem.split("-")[1]))
+
+def open_run(out, config):
+    """Makes the run's folder -> with --resume the newest whole checkpoint's content, or None. DataError where
+    a run is there already, so that none is overwritten, or where the checkpoint is another run's."""
+    found = checkpoints(out)
+    if (out / "results.json").exists():
+        raise DataError(f"{out}: holds a complete run; give another --out, or remove it to run it again")
+    if found and not config.resume:
+        raise DataError(f"{out}: holds {found[0].name}; add --resume to go on, or give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    for path in found:
+        try:
+            state = read_checkpoint(path)
+        except DataError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+            continue
+        then, now = asdict(state["config"]), asdict(config)
+        names = sorted(set(now) - MAY_CHANGE - ({"steps"} if config.epochs else set()))
+        other = [f"--{name.replace('_', '-')} {then[name]}" for name in names if then[name] != now[name]]
+        if other:
+            raise DataError(f"{path}: was trained with {' '.join(other)}; give that, or another --out")
+        log = out / "log.jsonl"  # what was logged after the checkpoint is done, and logged, again
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
+        return state
+    if found:
+        raise DataError(f"{out}: none of its checkpoints is whole; remove the folder or give another --out")
+    return None
+
+def open_data(config, rank, world, state):
+    """The training Loader with its tokenizer; settles config's data, eval_data, vocab_size and steps."""
+    if not config.data:
+        folder = builtin(config.scenes, config.data_seed)
+        config.data, config.eval_data = f"{folder}/train-*.tar", config.eval_data or str(folder)
+    workers = (8 if torch.cuda.is_available() else 0) if config.workers < 0 else config.workers
+    if config.batch_size % (world * config.accumulate):
+        raise DataError(f"--batch-size {config.batch_size}: must be a multiple of {world} process(es) times "
+                        f"--accumulate {config.accumulate}")
+    if rank > 0:
+        dist.barrier()  # the first process indexes the shards, the others find its index in the cache
+    loader = Loader(config.data, config.batch_size // world, config.image_size, None, config.context, config.seed,
+                    rank, world, workers, config.crop, config.method != "mae", config.resample)
+    if world > 1 and rank == 0:
+        dist.barrier()
+    if loader.stream and config.epochs:
+        raise DataError("--epochs: the samples of streams are not counted beforehand; give --steps")
+    if state and loader.identity != state["data"]:
+        raise DataError(f"--data {config.data}: not the samples that the checkpoint was trained on")
+    if config.method != "mae":
+        loader.tokenizer = (Tokenizer.from_state(state["tokenizer"]) if state
+                            else Tokenizer.load(config.tokenizer) if config.tokenizer
+                            else Tokenizer.train(loader.texts(), config.vocab_size))
+        config.vocab_size = loader.tokenizer.vocab_size
+    if config.epochs:
+        config.steps = max(1, round(config.epochs * len(loader)))
+    return loader
+
+def inputs(config, step, batch, device):
+    """What the model takes at a step, on the device: images, tokens, the masks' noise, two views for slip.
+
+    Noise is a pure function of seed and step, drawn on the host for the pairs of all ranks, then sliced."""
+    (rank, world), (B, T) = ranks(), batch.tokens.shape
+    generator = torch.Generator().manual_seed(config.seed << 40 | step)
+    shapes = (((config.image_size // config.patch_size) ** 2,), (T,), (2, 12))
+    noise = [torch.rand(world * B, *shape, generator=generator)[rank * B : rank * B + B] for shape in shapes]
+    images, tokens, image_noise, text_noise, view_noise = (
+        (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+        for x in (batch.images, batch.tokens, *noise))
+    views = None
+    if "simclr" in config.weights():
+        views = [simclr_view(images, view_noise[:, i]) for i in range(2)]
+    return images, tokens, image_noise, text_noise, views
+
+def piece(x, n, count):
+    """The n-th of `count` equal pieces of a batch, or of each of the batches in a list."""
+    if isinstance(x, (list, tuple)):
+        return [piece(y, n, count) for y in x]
+    return None if x is None else x.chunk(count)[n]
+
+def backward_in_pieces(net, autocast, batch, count):
+    """The terms and the gradients of the whole batch's loss, with one of `count` pieces of it in memory.
+
+    Every loss is a function of a few features and sums (GradCache, Gao et al. 2021): a first pass, without
+    gradient, collects them; the losses over all of them give their gradients; a second pass, over the same
+    crops and masks, carries these back piece by piece."""
+    with torch.no_grad(), autocast:
+        found = [net(*piece(batch, n, count), parts=True) for n in range(count)]
+    whole = {term: [torch.cat(rows) for rows in zip(*(parts[term] for parts in found), strict=True)]
+             for term in found[0]}
+    leaves = [x.requires_grad_() for parts in whole.values() for x in parts if x.is_floating_point()]
+    terms = getattr(net, "module", net).losses(whole)
+    terms["loss"].backward()
+    for n in range(count):
+        # Gradients cross ranks once, with the last piece.
+        with net.no_sync() if n < count - 1 and ranks()[1] > 1 else nullcontext():
+            with autocast:
+                parts = net(*piece(batch, n, count), parts=True)
+            outputs = [x for tensors in parts.values() for x in tensors if x.is_floating_point()]
+            torch.autograd.backward(outputs, [leaf.grad.chunk(count)[n] for leaf in leaves])
+    return terms
+
+def train_step(net, optimizer, autocast, batch, pieces=1):
+    """One step -> the terms, the gradient's norm and a 1, stacked, and whether all of it is finite, both on
+    the device. A step that is not finite changes nothing, and nothing here waits for the device."""
+    if pieces > 1:
+        terms = backward_in_pieces(net, autocast, batch, pieces)
+    else:
+        with autocast:
+            terms = net(*batch)
+        terms["loss"].backward()
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    row = torch.stack([*(term.detach() for term in terms.values()), norm, torch.ones_like(norm)])
+    finite = row.isfinite().all()
+    optimizer.grad_scale, optimizer.found_inf = None, 1.0 - finite.float()  # fused AdamW then skips the step
+    optimizer.step()
+    optimizer.zero_grad()
+    return row.where(finite, 0), finite
+
+def announce(config, model, net, loader, device, autocast, steps):
+    """Says, before training, what will happen; times a step on an empty batch, which changes nothing."""
+    B = config.batch_size // ranks()[1]
+    tokens = F.pad(torch.tensor([[1, EOT]]), (0, config.context - 2)).expand(B, -1)
+    images = torch.zeros(B, 3, config.image_size, config.image_size, dtype=torch.uint8)
+    seconds = []
+    for _ in range(4):  # the first compiles and warms up
+        began = time.time()
+        with autocast:
+            loss = net(*inputs(config, 0, Batch(images, tokens, ()), device))["loss"]
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds.append(time.time() - began)
+    net.zero_grad()
+    minutes, B = steps * min(seconds) / 60, config.batch_size
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    if ranks()[0] == 0:
+        print(f"method      {config.method}: " + " + ".join(f"{w:g} {t}" for t, w in config.weights().items()),
+              "parameters  " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
+              f"device      {device}, {'bf16' if autocast._enabled else 'fp32'}, {ranks()[1]} process(es)",
+              f"data        {loader.samples or 'streamed'} samples, {config.image_size} px, {config.vocab_size:,} tokens",
+              f"schedule    {config.steps:,} steps of {B} pairs"
+              + ("" if loader.stream else f": {config.steps / len(loader):.1f} epochs"),
+              f"expected    {minutes:.1f} minutes of training, by the time of one step here", sep="\n")
+
+def log_line(config, model, step, steps, sums, seconds, waited):
+    """The log's record of the last `steps` steps: means of the terms, and the figures beside them."""
+    *means, count = (sums / sums[-1].clamp(min=1)).tolist()
+    record = {"step": step, "pairs": step * config.batch_size}
+    record |= dict(zip([*config.weights(), "loss", "grad_norm"], means, strict=True))
+    if "contrastive" in record:  # beside the loss of a model that knows nothing
+        record |= {"chance": math.log(config.batch_size), "scale": model.logit_scale.exp().item()}
+    if sums.is_cuda:
+        record["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return record | {"lr": learning_rate(step - 1, config), "skipped": steps - int(sums[-1]),
+                     "pairs_per_second": steps * config.batch_size / seconds, "waiting": waited / seconds}
+
+def agreed(signals, device):
+    """The number of a signal that any process was sent, the same for all, or 0."""
+    number = max(signals, default=0)
+    if dist.is_initialized():
+        number = torch.tensor(number, device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+def train(config):
+    """One run, from its first step or its newest checkpoint to its results; returns the exit code."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, autocast = pick_device(config)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    out = Path(config.out or f"runs/{config.method}-{config.scale}")
+    state = open_run(out, config)
+    loader = open_data(config, rank, world, state)
+    torch.manual_seed(config.seed)
+    model = MAECLIP(config).to(device)
+    optimizer = make_optimizer(model, config)
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    if config.compile or (config.compile is None and device.type == "cuda"):
+        # Small steps are bound by kernel launches, which CUDA graphs save.
+        net = torch.compile(net, mode="reduce-overhead" if config.width <= 256 and world == 1 else None)
+    number = fit(config, model, net, optimizer, autocast, loader, out, state)
+    if rank == 0 and number == 0:
+        report(config, model, loader, out)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return 128 + number if number > 0 else 0
+
+def fit(config, model, net, optimizer, autocast, loader, out, state):
+    """The training loop, with its log and checkpoints -> the number of the signal that ended it, -1 where
+    --stop-after did, 0 where the run is complete."""
+    (rank, world), device = ranks(), next(model.parameters()).device
+    step, before = (state["step"], state["seconds"]) if state else (0, 0.0)
+    last = min(config.steps, config.stop_after or config.steps)
+    announce(config, model, net, loader, device, autocast, last - step)
+    signals, sums, number, failed = [], 0, 0, torch.zeros((), device=device)
+    old = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    batches = loader.batches(step, state["position"] if state else 0)
+    began, since, waited, logged, saved = time.time(), time.time(), 0.0, step, step
+    bar = tqdm(total=config.steps, initial=step, disable=rank > 0 or None, dynamic_ncols=True,
+               unit="pairs", unit_scale=config.batch_size)
+
+    def save():
+        if rank == 0:
+            save_checkpoint(out, model, optimizer, step, config, loader, before + time.time() - began)
+
+    while step < last and not number:
+        fetching = time.time()
+        try:
+            batch = next(batches)
+        except DataError:  # what was trained is kept
+            save()
+            raise
+        waited += time.time() - fetching
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        batch = inputs(config, step, batch, device)
+        row, finite = train_step(net, optimizer, autocast, batch, config.accumulate)
+        if "contrastive" in config.weights():
+            model.logit_scale.data.clamp_(0, math.log(100))  # as in CLIP
+        sums, failed, step = sums + row, (failed + 1) * ~finite, step + 1
+        bar.update()
+        if step % config.log_every == 0 or step == last:  # the one place that waits for the device
+            record = log_line(config, model, step, step - logged, sums, time.time() - since, waited)
+            logged, since, waited, sums = step, time.time(), 0.0, 0
+            if rank == 0:
+                with (out / "log.jsonl").open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                line = {name: f"{value:.4g}" for name, value in record.items()}
+                shown = (*config.weights(), "chance", "waiting")
+                bar.set_postfix({name: line[name] for name in shown if name in line})
+                tqdm.write("  ".join(f"{name} {value}" for name, value in line.items()))
+            if failed >= 20:
+                raise DataError(f"step {step}: not finite for {int(failed)} steps; the last good checkpoint, of "
+                                f"step {saved}, is in {out}; lower --lr or raise --warmup")
+        if world == 1 or step % config.log_every == 0:
+            number = agreed(signals, device)
+        if step % config.save_every == 0 or step == last or number:
+            saved = step
+            save()
+    bar.close()
+    for n, handler in old.items():
+        signal.signal(n, handler)
+    if loader.report() and rank == 0:
+        print(loader.report())
+    if rank == 0 and (number or step < config.steps):
+        again = shlex.join(x for x in sys.argv[1:] if x != "--resume")
+        print(f"stopped and saved at step {step:,}; go on with: python mae_clip.py {again} --resume")
+    return number or -(step < config.steps)
+
+def report(config, model, loader, out):
+    """Evaluates a run that is complete: its table, its picture and results.json."""
+    from eval import evaluate, format_results  # here, since eval.py builds on this file
+
+    seconds = read_checkpoint(checkpoints(out)[0])["seconds"]
+    results = evaluate(model, loader.tokenizer, config.eval_data, out) if config.eval_data else {}
+    if results:
+        print(format_results(results))
+    if (out / "reconstructions.png").exists():
+        print(f"picture: {out / 'reconstructions.png'}")
+    results |= {"seconds": seconds, "steps": config.steps, "config": asdict(config)}
+    (out / "results.part").write_text(json.dumps(results, indent=1))
+    (out / "results.part").replace(out / "results.json")
+
+def parse(argv=None):
+    """The command line as a Config: the scale's preset, overridden by the flags that were given."""
+    parser = argparse.ArgumentParser("mae_clip.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = fail
+    groups = {"method": "run", "data": "data", "steps": "schedule", "image_size": "image tower",
+              "text_width": "text tower", "decoder": "decoder", "mask_ratio": "masks and losses"}
+    for f in fields(Config):
+        if f.name in groups:
+            group = parser.add_argument_group(groups[f.name])
+        kind = {"type": f.type, "choices": f.metadata["choices"]}
+        if bool in (f.type, *get_args(f.type)):
+            kind = {"action": argparse.BooleanOptionalAction}
+        name = "--" + f.name.replace("_", "-")
+        group.add_argument(name, default=argparse.SUPPRESS, help=f.metadata["help"], **kind)
+    given = vars(parser.parse_args(argv))
+    return Config(**SCALES.get(given.get("scale", "small"), {}) | given)
+
+def fail(message):
+    """Ends the program with one line that says what was wrong with its input."""
+    print(f"mae_clip.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+def main(argv=None):
+    """The command line: exit code 0 when done, 2 for bad input, 130 and 143 when interrupted."""
+    try:
+        sys.exit(train(parse(argv)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (DataError, OSError, ValueError) as error:
+        fail(error)
+
+if __name__ == "__main__":
+    from mae_clip import main  # so that the module exists once, also for eval.py
+    main()
