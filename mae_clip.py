@@ -718,6 +718,7 @@ def announce(config, model, net, loader, device, autocast, step):
         print(f"method      {config.method}: {loss}",
               "parameters  " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
               f"device      {device}, {'bf16' if autocast._enabled else 'fp32'}, {ranks()[1]} process(es)",
+              f"data        {loader.samples:,} samples, {side} px",
               f"schedule    {config.steps:,} steps of {config.batch_size} pairs: {epochs:.1f} epochs",
               f"expected    {minutes:.1f} minutes of training, by the time of one step here", sep="\n")
 
