@@ -814,7 +814,7 @@ def train(config):
         results |= {"seconds": time.time() - began, "steps": step, "config": asdict(config)}
         (out / "results.part").write_text(json.dumps(results, indent=1))
         (out / "results.part").replace(out / "results.json")
-    if world > 1:
+    if "WORLD_SIZE" in os.environ:
         dist.destroy_process_group()
     return 128 + number if number else 0
 
