@@ -32,12 +32,10 @@ from mae_clip import MAECLIP, METHODS, SCALES, Config, random_mask, random_text_
 HERE = Path(__file__).parent
 PAD, SOT, EOT = 0, 1, 2
 
-
 def tiny(method="mae_clip", seed=0, **changes):
     """A model of scale tiny with 300 tokens, from a seed."""
     torch.manual_seed(seed)
     return MAECLIP(Config(**(SCALES["tiny"] | {"method": method, "vocab_size": 300} | changes)))
-
 
 def captions(*lengths, context=16, seed=0):
     """Token ids (B,T) of random captions of so many words."""
@@ -48,7 +46,6 @@ def captions(*lengths, context=16, seed=0):
         rows.append([SOT, *words, EOT] + [PAD] * (context - length - 2))
     return torch.tensor(rows)
 
-
 def example(B=6, seed=0):
     """Images uint8, tokens, the noise of both masks and two views, as the training loop passes them."""
     rng = torch.Generator().manual_seed(seed)
@@ -57,9 +54,7 @@ def example(B=6, seed=0):
     tokens = captions(*[(3 * i) % 15 for i in range(B)])
     return images, tokens, torch.rand(B, 16, generator=rng), torch.rand(B, 16, generator=rng), views
 
-
 # --- Patches, positions, masks -----------------------------------------------------------------------------
-
 
 def test_patchify_lists_patches_row_by_row_and_in_each_rows_columns_channels():
     image = torch.arange(3 * 4 * 6).reshape(1, 3, 4, 6)  # 2 x 3 patches of side 2
@@ -77,7 +72,6 @@ def test_patchify_lists_patches_row_by_row_and_in_each_rows_columns_channels():
         assert patches[0, n].tolist() == want
     assert torch.equal(mae_clip.unpatchify(patches, 2, 4, 6), image)
 
-
 def test_sincos_positions_follow_the_formula_with_columns_in_the_first_half():
     width, rows, cols = 16, 3, 5
     table = mae_clip.sincos_2d(width, rows, cols)
@@ -88,7 +82,6 @@ def test_sincos_positions_follow_the_formula_with_columns_in_the_first_half():
                 angles = [position / 10000 ** (k / 4) for k in range(4)]
                 want += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
             assert torch.allclose(table[r * cols + c], torch.tensor(want), atol=1e-6)
-
 
 @pytest.mark.parametrize(
     "count, ratio, keeps",
@@ -108,19 +101,16 @@ def test_random_mask_keeps_the_rounded_number_of_patches(count, ratio, keeps):
     assert keep.shape == (3, keeps)
     assert mask.dtype == torch.bool and mask.sum(dim=1).tolist() == [count - keeps] * 3
 
-
 def test_random_mask_keeps_the_smallest_noise_of_each_sample_and_true_means_removed():
     noise = torch.tensor([[0.9, 0.1, 0.5, 0.3], [0.2, 0.8, 0.7, 0.4]])
     keep, mask = random_mask(noise, 0.5)
     assert [sorted(row) for row in keep.tolist()] == [[1, 3], [0, 3]]
     assert mask.tolist() == [[True, False, True, False], [False, True, True, False]]
 
-
 def test_random_mask_removes_every_position_equally_often_and_independently_of_the_sample():
     _, mask = random_mask(torch.rand(4000, 16, generator=torch.Generator().manual_seed(0)), 0.75)
     assert (mask.float().mean(dim=0) - 0.75).abs().max() < 0.03  # 4.4 standard deviations
     assert len({tuple(row) for row in mask[:100].tolist()}) > 90
-
 
 @pytest.mark.parametrize("ratio", [0, 0.15, 0.5, 0.75, 0.9, 1])
 def test_random_text_mask_agrees_with_a_loop_for_captions_of_every_length(ratio):
@@ -138,7 +128,6 @@ def test_random_text_mask_agrees_with_a_loop_for_captions_of_every_length(ratio)
         assert set(slots[: 2 + len(stay)]) == {0, length + 1, *stay}
         assert all(slot > length + 1 for slot in slots[2 + len(stay) :])  # the rest is padding
 
-
 def test_what_follows_eot_is_padding_whatever_ids_stand_there():
     tokens = captions(4, 9)
     other = tokens.clone()
@@ -147,15 +136,12 @@ def test_what_follows_eot_is_padding_whatever_ids_stand_there():
     for a, b in zip(random_text_mask(noise, tokens, 0.5), random_text_mask(noise, other, 0.5), strict=True):
         assert torch.equal(a, b)
 
-
 # --- Losses ------------------------------------------------------------------------------------------------
-
 
 def unit(*shape, seed=0):
     return F.normalize(
         torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1
     )
-
 
 def test_contrastive_loss_agrees_with_a_loop_over_both_directions():
     image, text, scale, B = unit(5, 7, seed=1), unit(5, 7, seed=2), 11.0, 5
@@ -167,12 +153,10 @@ def test_contrastive_loss_agrees_with_a_loop_over_both_directions():
     loss = mae_clip.contrastive_loss(image, text, torch.tensor(scale, dtype=torch.float64))
     assert loss.item() == pytest.approx(total / (2 * B), abs=1e-12)
 
-
 def test_contrastive_loss_of_two_orthogonal_pairs_is_ln_of_1_plus_1_over_e():
     eye = torch.eye(2)
     assert mae_clip.contrastive_loss(eye, eye, 1.0).item() == pytest.approx(math.log(1 + math.exp(-1)))
     assert mae_clip.contrastive_loss(eye, eye.flip(0), 1.0).item() == pytest.approx(math.log(1 + math.e))
-
 
 def test_image_loss_agrees_with_a_loop_over_removed_patches_and_the_unbiased_variance():
     rng = torch.Generator().manual_seed(0)
@@ -198,7 +182,6 @@ def test_image_loss_agrees_with_a_loop_over_removed_patches_and_the_unbiased_var
         plain.item()
     )
 
-
 def test_image_loss_of_predicting_zero_is_just_under_one_and_a_flat_patch_stays_finite():
     patches = torch.randn(4, 9, 768, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(4, 9, dtype=torch.bool)
@@ -208,7 +191,6 @@ def test_image_loss_of_predicting_zero_is_just_under_one_and_a_flat_patch_stays_
     flat = torch.full((1, 1, 768), 0.9337, dtype=torch.bfloat16)
     assert mae_clip.image_loss(torch.zeros(1, 1, 768), flat, torch.tensor([[True]])).item() < 1e-4
 
-
 def test_text_loss_agrees_with_a_loop_over_removed_tokens_and_asks_only_the_mask():
     logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tokens = torch.tensor([[1, 5, 0, 2], [1, 7, 2, 0]])
@@ -217,7 +199,6 @@ def test_text_loss_agrees_with_a_loop_over_removed_tokens_and_asks_only_the_mask
     for b, t in mask.nonzero().tolist():
         total -= logits[b, t, tokens[b, t]] - math.log(sum(math.exp(x) for x in logits[b, t]))
     assert mae_clip.text_loss(logits, tokens, mask).item() == pytest.approx((total / 3).item(), rel=1e-12)
-
 
 def test_what_is_visible_carries_no_loss():
     rng = torch.Generator().manual_seed(0)
@@ -232,7 +213,6 @@ def test_what_is_visible_carries_no_loss():
     mae_clip.text_loss(logits, torch.randint(0, 20, (3, 8), generator=rng), mask).backward()
     assert torch.equal(logits.grad.abs().sum(dim=-1) > 0, mask)
 
-
 def test_both_reconstruction_losses_are_zero_with_zero_gradient_where_nothing_is_removed():
     nothing = torch.zeros(2, 3, dtype=torch.bool)
     for loss, x in (
@@ -244,7 +224,6 @@ def test_both_reconstruction_losses_are_zero_with_zero_gradient_where_nothing_is
         value.backward()
         assert value.item() == 0 and not guess.grad.any()
 
-
 def test_simclr_loss_agrees_with_a_loop_over_all_views():
     a, b, temperature = 3 * unit(4, 6, seed=1), 2 * unit(4, 6, seed=2), 0.1
     views = [v / v.norm() for v in [*a, *b]]
@@ -254,9 +233,7 @@ def test_simclr_loss_agrees_with_a_loop_over_all_views():
         total -= math.log(others[(i + 4) % 8] / sum(others.values()))
     assert mae_clip.simclr_loss(a, b, temperature).item() == pytest.approx(total / 8, rel=1e-10)
 
-
 # --- Encoders and decoder ----------------------------------------------------------------------------------
-
 
 def test_a_removed_patch_or_token_cannot_influence_what_any_encoder_gives():
     images, tokens, image_noise, text_noise, _ = example()
@@ -278,7 +255,6 @@ def test_a_removed_patch_or_token_cannot_influence_what_any_encoder_gives():
         )
         assert not torch.allclose(image.encoded, seen.encoded)  # what is visible does
 
-
 def test_padding_changes_nothing():
     images, tokens, image_noise, text_noise, _ = example()
     other = torch.where(torch.arange(16) > mae_clip.caption_end(tokens), 55, tokens)
@@ -294,13 +270,11 @@ def test_padding_changes_nothing():
         b = model(images, other, image_noise, text_noise)
         assert all(torch.equal(a[name], b[name]) for name in a)
 
-
 def test_a_block_with_a_query_gives_those_rows_of_the_whole():
     torch.manual_seed(0)
     block, x = mae_clip.Block(32, 4), torch.randn(2, 7, 32)
     valid = torch.arange(7) < torch.tensor([[7], [4]])
     assert torch.allclose(block(x, valid)[:, 2:4], block(x, valid, x[:, 2:4]), atol=1e-6)
-
 
 @pytest.mark.parametrize("pool", ["gap", "max", "cls"])
 def test_the_image_feature_is_pooled_as_asked_and_the_text_feature_is_eots(pool):
@@ -316,13 +290,11 @@ def test_the_image_feature_is_pooled_as_asked_and_the_text_feature_is_eots(pool)
         model.encode_text(tokens), F.normalize(eot @ model.text_proj.weight.T, dim=-1), atol=1e-6
     )
 
-
 def test_the_text_tower_looks_both_ways():
     model, tokens = tiny("clip"), captions(8)
     other = tokens.clone()
     other[0, 8] = 3 if tokens[0, 8] != 3 else 4
     assert not torch.allclose(model.text_encoder(tokens)[0, 1], model.text_encoder(other)[0, 1])
-
 
 def test_uint8_images_are_normalised_inside_and_float_images_are_not():
     images = example()[0]
@@ -330,7 +302,6 @@ def test_uint8_images_are_normalised_inside_and_float_images_are_not():
     by_hand = ((images.permute(0, 2, 3, 1) / 255 - mean) / std).permute(0, 3, 1, 2)
     model = tiny("clip")
     assert torch.allclose(model.image_encoder(images), model.image_encoder(by_hand), atol=1e-5)
-
 
 @pytest.mark.parametrize("method", ["mae", "m3ae", "mae_clip"])
 def test_reconstruct_shows_the_truth_where_visible_and_elsewhere_what_the_losses_saw(method):
@@ -348,7 +319,6 @@ def test_reconstruct_shows_the_truth_where_visible_and_elsewhere_what_the_losses
     assert torch.equal(out["text"][~out["text_mask"]], tokens[~out["text_mask"]])
     assert out["text_mask"].any() == (method != "mae")
 
-
 def test_a_method_says_so_when_it_has_no_text_tower_or_no_decoder():
     images, tokens, *_ = example()
     for method in METHODS:
@@ -361,12 +331,10 @@ def test_a_method_says_so_when_it_has_no_text_tower_or_no_decoder():
             with pytest.raises(ValueError, match="no decoder"):
                 model.reconstruct(images, tokens)
 
-
 # --- The methods -------------------------------------------------------------------------------------------
 
 ENCODER = {"image_encoder"}
 CONTRAST = ENCODER | {"text_encoder", "image_proj", "text_proj", "logit_scale"}
-
 
 @pytest.mark.parametrize(
     "method, changes, parts",
@@ -390,7 +358,6 @@ def test_each_method_gives_gradient_to_exactly_the_parts_that_it_trains(method, 
         assert parameter.requires_grad == trained, name
         assert (parameter.grad is not None and bool(parameter.grad.any())) == trained, name
 
-
 @pytest.mark.parametrize("off, frozen", [("image_weight", "decoder.image"), ("text_weight", "decoder.text")])
 def test_one_reconstruction_alone_leaves_the_other_modality_out(off, frozen):
     model = tiny(**{off: 0.0})
@@ -399,7 +366,6 @@ def test_one_reconstruction_alone_leaves_the_other_modality_out(off, frozen):
     terms["loss"].backward()
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad != name.startswith(frozen), name
-
 
 def test_the_loss_is_the_weighted_sum_of_the_unweighted_terms():
     for method, names in METHODS.items():
@@ -410,7 +376,6 @@ def test_the_loss_is_the_weighted_sum_of_the_unweighted_terms():
             sum(weights[name] * terms[name].item() for name in names), rel=1e-5
         )
         assert all(term.ndim == 0 for term in terms.values())
-
 
 def test_mae_clip_without_reconstruction_follows_clip_bit_for_bit():
     followed = []
@@ -432,7 +397,6 @@ def test_mae_clip_without_reconstruction_follows_clip_bit_for_bit():
         assert all(torch.equal(a, b) for a, b in zip(losses, followed[0][0], strict=True))
         assert all(torch.equal(weights[name], x) for name, x in followed[0][1].items())
 
-
 def test_methods_start_from_the_same_weights_in_what_they_share():
     base = tiny("mae_clip").state_dict()
     for method in METHODS:
@@ -440,7 +404,6 @@ def test_methods_start_from_the_same_weights_in_what_they_share():
             if name in base and base[name].shape == x.shape:
                 assert torch.equal(base[name], x), (method, name)
     assert not torch.equal(tiny("mae", seed=1).image_encoder.cls_token, tiny("mae").image_encoder.cls_token)
-
 
 def test_equal_ratios_share_one_masked_image_pass_which_gives_what_two_would():
     batch = example()
@@ -452,7 +415,6 @@ def test_equal_ratios_share_one_masked_image_pass_which_gives_what_two_would():
     assert torch.equal(terms["contrastive"], alone["contrastive"])
     assert torch.equal(terms["image"], tiny()(*batch)["image"])
 
-
 def test_a_masked_contrastive_pass_does_not_see_what_is_removed():
     images, tokens, noise, text_noise, _ = example()
     model = tiny("clip", contrastive_mask_ratio=0.5)
@@ -460,7 +422,6 @@ def test_a_masked_contrastive_pass_does_not_see_what_is_removed():
     a = model(images, tokens, noise, text_noise)
     b = model(torch.where(hidden, 255 - images, images), tokens, noise, text_noise)
     assert torch.equal(a["loss"], b["loss"])
-
 
 def test_captions_without_a_word_left_give_a_zero_text_term_with_zero_gradient():
     images, _, image_noise, text_noise, _ = example()
@@ -472,7 +433,6 @@ def test_captions_without_a_word_left_give_a_zero_text_term_with_zero_gradient()
         assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
         terms["loss"].backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_overfits_32_pairs(method):
@@ -497,13 +457,11 @@ def test_each_method_overfits_32_pairs(method):
     for name in METHODS[method]:
         assert after[name] < 0.35 * before[name], (name, before[name].item(), after[name].item())
 
-
 def test_training_and_evaluation_mode_give_the_same_losses():
     for method in METHODS:
         model = tiny(method)
         a, b = model.train()(*example()), model.eval()(*example())
         assert all(torch.equal(a[name], b[name]) for name in a)
-
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_compiles_as_one_graph_that_no_mask_or_caption_makes_anew(method):
@@ -513,7 +471,6 @@ def test_each_method_compiles_as_one_graph_that_no_mask_or_caption_makes_anew(me
         for seed in range(4):
             images, _, *rest = example(seed=seed)
             net(images, captions(*[seed] * 6, seed=seed), *rest)["loss"].backward()
-
 
 def test_base_and_large_have_the_sizes_of_vit_b_16_and_vit_l_16_and_work_follows_the_visible_tokens():
     from torch.utils.flop_counter import FlopCounterMode
@@ -537,9 +494,7 @@ def test_base_and_large_have_the_sizes_of_vit_b_16_and_vit_l_16_and_work_follows
     assert flops["one"] <= 0.85 * flops["clip"]
     assert flops["mae"] <= 0.48 * flops["clip"]
 
-
 # --- Across ranks ------------------------------------------------------------------------------------------
-
 
 def one_rank(rank, world, port, folder):
     """Losses and averaged gradients of one gloo rank's share of a batch, as DDP would average them."""
@@ -561,7 +516,6 @@ def one_rank(rank, world, port, folder):
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
-
 def test_two_gloo_ranks_give_the_losses_and_gradients_of_one_process(tmp_path):
     port = 20_000 + os.getpid() % 20_000
     torch.multiprocessing.spawn(one_rank, (2, port, str(tmp_path)), nprocs=2)
@@ -578,16 +532,13 @@ def test_two_gloo_ranks_give_the_losses_and_gradients_of_one_process(tmp_path):
                     error = (rank[method][1][name] - parameter.grad).norm() / (parameter.grad.norm() + 1e-6)
                     assert error < 1e-5, (method, name, error)
 
-
 # --- Optimiser, schedule, checkpoints ----------------------------------------------------------------------
-
 
 def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine():
     config = Config(lr=0.8, warmup=4, steps=12)
     rates = [mae_clip.learning_rate(step, config) for step in range(13)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4:] == pytest.approx([0.4 * (1 + math.cos(math.pi * k / 8)) for k in range(9)])
-
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_only_matrices_decay(optimizer):
@@ -611,7 +562,6 @@ def test_only_matrices_decay(optimizer):
     } <= free
     assert len(decaying) + len(free) == len(names)
 
-
 def test_muon_moves_a_matrix_by_its_orthogonalised_momentum_and_decays_it():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(6, 4))
@@ -629,7 +579,6 @@ def test_muon_moves_a_matrix_by_its_orthogonalised_momentum_and_decays_it():
         assert (u.T @ moved @ v.T).diagonal().min() > 0.6
         before = weight.detach().clone()
 
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_told(optimizer):
     model = tiny("clip", optimizer=optimizer)
@@ -643,9 +592,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_told(optimizer):
     assert not finite and not row.any()
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
 
-
 # --- Bad values --------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     "changes, says",
@@ -670,16 +617,13 @@ def test_a_value_that_does_not_fit_is_named(changes, says):
     with pytest.raises(ValueError, match=f"^{re.escape(says)}[^\n]*$"):
         Config(**changes)
 
-
 # --- Parity, where the peer is installed --------------------------------------------------------------------
-
 
 def test_contrastive_loss_equals_transformers_clip_loss():
     clip = pytest.importorskip("transformers.models.clip.modeling_clip")
     image, text = unit(6, 8, seed=1), unit(6, 8, seed=2)
     theirs = clip.image_text_contrastive_loss(14.3 * text @ image.T)
     assert mae_clip.contrastive_loss(image, text, 14.3).item() == pytest.approx(theirs.item(), abs=1e-10)
-
 
 def from_transformers(blocks, layers):
     """Copies the layers of transformers' ViT into our blocks."""
@@ -691,7 +635,6 @@ def from_transformers(blocks, layers):
         block.mlp.load_state_dict(layer.mlp.state_dict())
         block.norm1.load_state_dict(layer.layernorm_before.state_dict())
         block.norm2.load_state_dict(layer.layernorm_after.state_dict())
-
 
 def test_the_encoder_equals_transformers_vit_and_the_losses_its_mae():
     transformers = pytest.importorskip("transformers")
@@ -749,9 +692,7 @@ def test_the_encoder_equals_transformers_vit_and_the_losses_its_mae():
         ours.norm.load_state_dict(vit.layernorm.state_dict())
         assert torch.allclose(ours(images), vit(images).last_hidden_state, atol=1e-5)
 
-
 # --- Data: shards, loader, tokenizer ------------------------------------------------------------------
-
 
 def picture(width=24, height=16, mode="RGB", kind="JPEG", seed=0, **options):
     """An image file of that mode and kind, made of noise."""
@@ -759,7 +700,6 @@ def picture(width=24, height=16, mode="RGB", kind="JPEG", seed=0, **options):
     out = io.BytesIO()
     Image.fromarray(pixels, "RGBA").convert("RGB").convert(mode).save(out, kind, **options)
     return out.getvalue()
-
 
 def tar_of(path, files, kind=tarfile.USTAR_FORMAT):
     """Writes (name, bytes) as a tar; None for bytes makes a directory, a str a link to it."""
@@ -772,7 +712,6 @@ def tar_of(path, files, kind=tarfile.USTAR_FORMAT):
                 info.type, info.linkname = (tarfile.SYMTYPE, content) if content else (tarfile.DIRTYPE, "")
             tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
     return str(path)
-
 
 def shards_of(folder, sizes):
     """Shards of that many samples; sample n of all is named and captioned n."""
@@ -790,10 +729,8 @@ def shards_of(folder, sizes):
         for shard, size in enumerate(sizes)
     ]
 
-
 def loader_of(shards, batch=2, **options):
     return data.Loader(shards, batch, 8, data.Tokenizer([]), 16, **options)
-
 
 def test_a_source_names_shards_by_paths_globs_and_numbers(tmp_path):
     shards = shards_of(tmp_path / "a", [1] * 12)
@@ -801,7 +738,6 @@ def test_a_source_names_shards_by_paths_globs_and_numbers(tmp_path):
     for wrong in (f"{tmp_path}/b-*.tar", f"{tmp_path}/a/{{11..12}}.tar", ""):
         with pytest.raises(data.DataError, match="no such shard"):
             data.expand(wrong)
-
 
 ODD = [
     ("a/b.c/x.y/one.JPG", picture()),
@@ -818,7 +754,6 @@ ODD = [
     ("q/.hidden", b"h"),
 ]
 
-
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_samples_are_those_of_the_webdataset_package(kind, tmp_path):
     webdataset = pytest.importorskip("webdataset")
@@ -828,7 +763,6 @@ def test_samples_are_those_of_the_webdataset_package(kind, tmp_path):
         for sample in webdataset.WebDataset(path, shardshuffle=False)
     ]
     assert list(data.read_samples(path)) == theirs and len(theirs) == 5
-
 
 @pytest.mark.parametrize("seed", range(6))
 def test_an_epoch_is_a_plain_list_whatever_the_shards_ranks_workers_and_interruptions(seed, tmp_path):
@@ -861,7 +795,6 @@ def test_an_epoch_is_a_plain_list_whatever_the_shards_ranks_workers_and_interrup
         skipped = [each.keys for each in part.epoch(1, skip=steps - 1)]
         assert skipped == [[key for key, *_ in epochs[1][((steps - 1) * world + rank) * batch :][:batch]]]
 
-
 def test_spawned_workers_give_what_forked_ones_give(tmp_path):
     shards = shards_of(tmp_path / "s", [9])
     code = (
@@ -880,7 +813,6 @@ def test_spawned_workers_give_what_forked_ones_give(tmp_path):
         for how in ("fork", "spawn")
     ]
     assert said[0] == said[1] != ""
-
 
 def test_damaged_samples_are_skipped_and_counted_by_cause(tmp_path):
     good, png = picture(), picture(kind="PNG")
@@ -908,7 +840,6 @@ def test_damaged_samples_are_skipped_and_counted_by_cause(tmp_path):
         assert loader.bad == {**dict.fromkeys(bad, 1), "no caption": 1, "image does not decode": 1}
         assert "1 x no caption" in loader.report()
 
-
 @pytest.mark.parametrize(
     "files, says",
     [
@@ -922,7 +853,6 @@ def test_shards_with_nothing_to_train_on_are_named_in_one_line(files, says, tmp_
     with pytest.raises(data.DataError, match=says) as error:
         loader_of(tar_of(tmp_path / "x.tar", files))
     assert "\n" not in str(error.value)
-
 
 def test_a_truncated_tar_gives_its_whole_samples_and_the_loss_is_counted(tmp_path, capsys):
     whole = Path(shards_of(tmp_path / "s", [6])[0]).read_bytes()
@@ -938,7 +868,6 @@ def test_a_truncated_tar_gives_its_whole_samples_and_the_loss_is_counted(tmp_pat
         loader = loader_of(str(tmp_path / "cut.tar"), 1)
         assert sorted(key for each in loader.epoch(0) for key in each.keys) == found
         assert any("cut.tar breaks off" in cause for cause in loader.bad)
-
 
 @pytest.mark.parametrize(
     "content",
@@ -961,7 +890,6 @@ def test_images_of_every_mode_and_shape_decode(content):
     crop = data.random_crop(content, 8, 0.2, np.random.default_rng(0))
     assert crop.shape == (3, 8, 8) and crop.dtype == torch.uint8
 
-
 def test_16_bits_are_scaled_transparent_is_white_and_exif_turns():
     out = io.BytesIO()
     Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(out, "PNG")
@@ -972,7 +900,6 @@ def test_16_bits_are_scaled_transparent_is_white_and_exif_turns():
     turned = Image.Exif()
     turned[0x0112] = 6
     assert data.decode(picture(24, 16, exif=turned)).size == (16, 24)
-
 
 def test_the_tokenizer_is_lossless_on_any_bytes_and_cuts_long_captions_before_eot():
     rng = random.Random(0)
@@ -985,9 +912,7 @@ def test_the_tokenizer_is_lossless_on_any_bytes_and_cuts_long_captions_before_eo
         row = [1, *ids, 2] + [0] * (14 - len(ids))
         assert tokenizer.batch([text], 16).tolist() == [row]
 
-
 # --- Evaluation: features in, numbers out -----------------------------------------------------
-
 
 def test_zero_shot_and_retrieval_agree_with_loops_over_sorted_scores():
     x, c, y = unit(40, 6, seed=1), unit(7, 6, seed=2), torch.arange(40) % 7
@@ -1007,7 +932,6 @@ def test_zero_shot_and_retrieval_agree_with_loops_over_sorted_scores():
         hits = [any(owner[t] == n for t in row) for n, row in enumerate(top)]
         assert found[f"text_retrieval_recall@{k}"] == pytest.approx(sum(hits) / 12)
 
-
 def test_fit_linear_reaches_scikit_learns_objective():
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, y, l2 = 3 * unit(200, 8, seed=1), torch.arange(200) % 4, 1e-3
@@ -1018,9 +942,7 @@ def test_fit_linear_reaches_scikit_learns_objective():
     )
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
 
-
 # --- The commands, as a user types them --------------------------------------------------------------------
-
 
 def run(*arguments, code=0):
     """What mae_clip.py prints when called with these arguments, in this process; checks its exit code."""
@@ -1029,7 +951,6 @@ def run(*arguments, code=0):
         mae_clip.main([str(argument) for argument in arguments])
     assert (end.value.code or 0) == code, out.getvalue() + err.getvalue()
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
-
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
@@ -1043,9 +964,7 @@ def cache(tmp_path_factory):
     if before:
         os.environ["XDG_CACHE_HOME"] = before
 
-
 TINY = ("--scale", "tiny", "--batch-size", 32, "--scenes", 400)
-
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_command_trains_evaluates_and_reports_each_method(method, tmp_path):
@@ -1065,7 +984,6 @@ def test_the_command_trains_evaluates_and_reports_each_method(method, tmp_path):
     assert (tokenizer is None) == (method == "mae")
     assert not any("module." in name or "_orig_mod" in name for name in model.state_dict())
 
-
 def test_a_resumed_run_equals_one_in_a_single_piece_bit_for_bit_in_the_middle_of_an_epoch_too(tmp_path):
     for method in ("mae_clip", "slip"):
         steps = (*TINY, "--method", method, "--steps", 6, "--log-every", 2)  # 12 steps an epoch
@@ -1081,7 +999,6 @@ def test_a_resumed_run_equals_one_in_a_single_piece_bit_for_bit_in_the_middle_of
             assert all(torch.equal(state[key], b["optimizer"]["state"][n][key]) for key in state)
         results = [json.loads((folder / "results.json").read_text()) for folder in (whole, parts)]
         assert results[0]["zero_shot"] == results[1]["zero_shot"]
-
 
 def test_ctrl_c_saves_says_how_to_go_on_and_ends_with_130(tmp_path):
     out = tmp_path / "run"
@@ -1109,13 +1026,11 @@ def test_ctrl_c_saves_says_how_to_go_on_and_ends_with_130(tmp_path):
         assert list(out.glob("checkpoint-*.pt"))
         (out / "log.jsonl").unlink()
 
-
 def one_line(done):
     """The single line on stderr that says what was wrong, without a traceback."""
     lines = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     return lines[0]
-
 
 def test_nothing_is_overwritten_and_another_run_is_not_resumed(tmp_path):
     steps = (*TINY, "--steps", 6, "--out", tmp_path / "run")
@@ -1133,7 +1048,6 @@ def test_nothing_is_overwritten_and_another_run_is_not_resumed(tmp_path):
         path.write_bytes(b"damaged")
     (tmp_path / "run" / "results.json").unlink()
     assert "none of its checkpoints" in one_line(run(*steps, "--resume", code=2))
-
 
 @pytest.mark.parametrize(
     "arguments, says",
@@ -1154,7 +1068,6 @@ def test_nothing_is_overwritten_and_another_run_is_not_resumed(tmp_path):
 def test_bad_input_gets_one_line_that_names_it_and_exit_code_2(arguments, says, tmp_path):
     out = () if "--out" in arguments else ("--out", tmp_path / "run")
     assert says in one_line(run(*TINY, *out, *arguments, code=2))
-
 
 def test_training_across_two_processes_equals_one(tmp_path):
     steps = (*TINY, "--steps", 4, "--log-every", 2, "--precision", "fp32")
@@ -1183,7 +1096,6 @@ def test_training_across_two_processes_equals_one(tmp_path):
     for a, b in zip(one, two, strict=True):
         for name in ("contrastive", "image", "text", "loss", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-4)
-
 
 def test_every_flag_is_in_the_readmes_table_and_the_other_way_round():
     readme = (HERE / "README.md").read_text()
