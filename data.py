@@ -1,12 +1,17 @@
 """Image-caption shards in, exact batches out: reading, tokenizer, loader, augmentation and built-in scenes.
 
 Shards are webdataset tars as img2dataset writes them: KEY.jpg, jpeg, png or webp with KEY.txt (one caption a
-line) or KEY.json (field `caption`). The file runs when copied out alone.
+line) or KEY.json (field `caption`). A source is paths, globs, {000..123} and pipe:COMMAND, joined by `::`.
+The file runs when copied out alone.
 
-    python data.py draw FOLDER    draws the built-in scenes
+    python data.py pack captions.csv FOLDER         makes shards of what you have
+    python data.py inspect 'FOLDER/train/*.tar'     says what is in them, and what is wrong
+    python data.py tokenizer SOURCE FILE            learns a tokenizer that runs can share
+    python data.py draw FOLDER                      draws the built-in scenes
 """
 
 import argparse
+import csv
 import glob
 import hashlib
 import io
@@ -14,70 +19,104 @@ import json
 import math
 import os
 import re
+import select
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
+import textwrap
+import time
 from collections import Counter, defaultdict, namedtuple
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
+from inspect import signature
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 PAD, SOT, EOT = 0, 1, 2
+PIPE_SECONDS = 60  # a command that sends nothing for so long has failed
 
 class DataError(ValueError):
     """What the user gave does not work; the message is one line that says what, and what to do."""
+
+def one_line(error):
+    """An error's message; of a worker's, which comes with its traceback, the last line."""
+    return re.sub(r"^[\w.]*Error: ", "", (str(error).strip() or repr(error)).splitlines()[-1])
 
 def cache_folder():
     """$XDG_CACHE_HOME/mae_clip, else ~/.cache/mae_clip."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mae_clip"
 
 def in_parallel(function, jobs, label):
-    """Yields function(job) of each job, in order, from worker processes, with a progress bar."""
-    with ProcessPoolExecutor(min(len(jobs), os.cpu_count()), initializer=be_quiet) as pool:
-        yield from tqdm(pool.map(function, jobs), label, len(jobs), leave=False, disable=None)
+    """function(job) of each job, in order, from worker processes, with a progress bar -> iterable."""
+    load = DataLoader(jobs, None, num_workers=min(len(jobs), os.cpu_count()), collate_fn=function,
+                      worker_init_fn=be_quiet)
+    return tqdm(load, label, leave=False, disable=None)
 
-def be_quiet(worker=0):
-    """In a worker process: Ctrl-C is the parent's, and it computes on one core."""
+def be_quiet(worker):
+    """In a worker process: Ctrl-C is the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 # --- Reading shards ---------------------------------------------------------------------------------------
 def expand(source):
-    """A source as a list of shards: paths, globs and {000..123}, joined by `::`; a list is taken as it is."""
-    if not isinstance(source, str):
-        return [str(shard) for shard in source]
-    shards, texts = [], source.split("::")
-    while texts:
-        text = texts.pop(0)
-        match = re.search(r"\{(\d+)\.\.(\d+)\}", text)
-        found = [text] if os.path.isfile(text) else sorted(filter(os.path.isfile, glob.glob(text)))
-        if match and int(match[1]) <= int(match[2]):
-            numbers = [str(n).zfill(len(match[1])) for n in range(int(match[1]), int(match[2]) + 1)]
-            texts[:0] = [text.replace(match[0], n, 1) for n in numbers]
-        elif not found:
-            raise DataError(f"{text}: no such shard; check the path, and quote braces and stars")
-        else:
+    """A source, or a list of them, as a list of shards: paths, globs and {000..123}, joined by `::`."""
+    shards = []
+    for text in source.split("::") if isinstance(source, str) else map(str, source):
+        numbers = re.search(r"\{(\d+)\.\.(\d+)\}", text)
+        if numbers and int(numbers[1]) <= int(numbers[2]):
+            for n in range(int(numbers[1]), int(numbers[2]) + 1):
+                shards += expand(text.replace(numbers[0], str(n).zfill(len(numbers[1])), 1))
+        elif text.startswith("pipe:") or os.path.isfile(text):
+            shards.append(text)
+        elif found := sorted(filter(os.path.isfile, glob.glob(text))):
             shards += found
+        else:
+            raise DataError(f"{text}: no such shard; check the path, and quote braces and stars")
     return shards
 
+def shown(shard):
+    """A shard's name without its folder; of a command the last tar's alone, as the rest may be secret."""
+    if not shard.startswith("pipe:"):
+        return os.path.basename(shard)
+    return (re.findall(r"[\w.-]+\.tar\b", re.sub(r"[?#]\S*", "", shard)) or ["a command"])[-1]
+
+def opened(shard):
+    """A shard as a file; of a command all that it sends, once it has ended well, else DataError."""
+    if not shard.startswith("pipe:"):
+        return open(shard, "rb")
+    content = io.BytesIO()
+    with subprocess.Popen(shard.removeprefix("pipe:"), bufsize=0, shell=True, start_new_session=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        try:
+            while select.select([process.stdout], [], [], PIPE_SECONDS)[0]:
+                if chunk := process.stdout.read(1 << 20):
+                    content.write(chunk)
+                elif code := process.wait():
+                    raise DataError(f"{shown(shard)}: its command ended with exit code {code}")
+                else:
+                    return content
+            raise DataError(f"{shown(shard)}: its command sent nothing for {PIPE_SECONDS} s")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
 def grouped(file):
-    """Yields a tar's samples {field: (offset, size)} with `__key__`, by webdataset's rule: key is the path
-    up to the first dot of the base name, fields are in lower case; of one that comes twice the first counts.
-    Where a tar breaks off or has no sample, a last one has the cause in `__bad__`."""
-    name, sample, end = os.path.basename(file.name), {}, os.fstat(file.fileno()).st_size
-    bad = f"{name} holds no sample"
+    """Yields the samples {field: (offset, size)} of a tar with their `__key__`, by webdataset's rule: key is
+    the path up to the first dot of the base name, fields are in lower case; of one that comes twice the first
+    counts. Where the tar breaks off or has no sample, a last one has the cause in `__bad__`."""
+    sample, bad = {}, "tar without samples"
     try:
+        file.seek(0)
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 tar.members = []  # where tarfile would keep them all
@@ -87,34 +126,38 @@ def grouped(file):
                 if sample and sample["__key__"] != match[1]:
                     yield sample
                     sample = {}
-                if info.offset_data + info.size > end:
-                    raise tarfile.ReadError
                 sample = {"__key__": match[1], match[2].lower(): (info.offset_data, info.size)} | sample
                 bad = None
-            file.seek(tar.offset)
-            if file.read(512) != bytes(512):  # a damaged header or none, which tarfile takes for the end
-                bad = f"{name} breaks off"
+            if read(file, tar.offset, 512) != bytes(512):  # a damaged header or none, for tarfile the end
+                bad = "tar breaks off"
     except (tarfile.TarError, OverflowError):  # the last sample may lack a field
-        sample, bad = {}, f"{name} breaks off, or is no uncompressed tar"
+        sample, bad = {}, "tar breaks off, or is compressed"
     if sample:
         yield sample
     if bad:
         yield {"__key__": "", "__bad__": bad}
 
-def read_samples(source):
-    """Yields the shards' samples as raw bytes by field, with `__key__`; tells where a tar breaks off."""
-    for shard in expand(source):
-        with open(shard, "rb") as tar, open(shard, "rb") as file:
-            for sample in grouped(tar):
-                if "__bad__" in sample:
-                    print(f"skipped: {sample['__bad__']}", file=sys.stderr)
-                else:
-                    yield {field: where if field == "__key__" else os.pread(file.fileno(), where[1], where[0])
-                           for field, where in sample.items()}
+def read(file, offset, size):
+    """Bytes of a file."""
+    file.seek(offset)
+    return file.read(size)
 
-def image_of(sample):
-    """A sample's image, or None."""
-    return next((sample[field] for field in IMAGE_FIELDS if field in sample), None)
+def loaded(file, sample):
+    """One of grouped's samples with the bytes of its fields."""
+    return {field: at if field == "__key__" else read(file, *at) for field, at in sample.items()}
+
+def read_samples(source, strict=False):
+    """Yields the shards' samples as raw bytes by field, with `__key__`. Where a tar breaks off it says so and
+    goes on with the next; if strict, that is a DataError."""
+    for shard in expand(source):
+        with opened(shard) as file:
+            for sample in grouped(file):
+                if "__bad__" not in sample:
+                    yield loaded(file, sample)
+                elif strict:
+                    raise DataError(f"{shown(shard)}: {sample['__bad__']}")
+                else:
+                    print(f"{shown(shard)}: {sample['__bad__']}", file=sys.stderr)
 
 def captions(sample):
     """A sample's captions: the lines of its txt that are not empty, else the field `caption` of its json."""
@@ -127,25 +170,29 @@ def captions(sample):
     lines = text if isinstance(text, list) else str(text or "").splitlines()
     return [str(line).strip() for line in lines if str(line).strip()]
 
-def captioned(source):
-    """Yields (key, image bytes, captions) of the samples that have both."""
-    for sample in read_samples(source):
-        image, texts = image_of(sample), captions(sample)
-        if image and texts:
-            yield sample["__key__"], image, texts
+def image_of(sample):
+    """A sample's image, or None."""
+    return next((sample[field] for field in IMAGE_FIELDS if field in sample), None)
+
+def usable(sample, captioned=True):
+    """A sample's image and, if it must have some, its captions; DataError where one is missing."""
+    image, texts = image_of(sample), captions(sample) if captioned else [""]
+    if not image or not texts:
+        raise DataError("no caption" if image else "no image")
+    return image, texts
 
 def labelled(folder, split):
     """Yields (key, image bytes, label) of a split of a folder in CLIP_benchmark's layout."""
     count = Path(folder, split, "nshards.txt")
     try:
-        shards = [str(count.with_name(f"{n}.tar")) for n in range(int(count.read_text()))]
+        shards = [count.with_name(f"{n}.tar") for n in range(int(count.read_text()))]
     except (OSError, ValueError):
         raise DataError(f"{count}: must hold the number of shards") from None
-    for sample in read_samples("::".join(shards)):
+    for sample in read_samples(shards, strict=True):
         try:
-            yield sample["__key__"], image_of(sample), int(sample["cls"])
-        except (KeyError, ValueError):
-            raise DataError(f"{folder}/{split}: {sample['__key__']}.cls holds no class index") from None
+            yield sample["__key__"], usable(sample, False)[0], int(sample["cls"])
+        except (KeyError, ValueError) as error:
+            raise DataError(f"{folder}/{split}: {sample['__key__']}: no class index, or {error}") from None
 
 # --- Images -----------------------------------------------------------------------------------------------
 def open_image(data):
@@ -188,13 +235,15 @@ def preprocess(image, size):
 
 def random_crop(data, size, least, rng):
     """Image bytes -> uint8 (3,S,S): a random box, of `least` to 1 of the area and sides from 3:4 to 4:3 as
-    far as these fit, resized. A JPEG is decoded no finer than the smallest such box needs."""
+    far as these fit, resized. A JPEG is decoded no finer than the box needs."""
     image = open_image(data)
-    image = decode(image, max(1, min(image.size) / size * math.sqrt(least * 3 / 4)))
-    area, ratio = image.width * image.height * rng.uniform(least, 1), (4 / 3) ** rng.uniform(-1, 1)
-    w, h = min(image.width, math.sqrt(area * ratio)), min(image.height, math.sqrt(area / ratio))
-    x, y = rng.uniform(0, image.width - w), rng.uniform(0, image.height - h)
-    return cut(image, size, (x, y, x + w, y + h))
+    width, height = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # as it is upright
+    area, ratio = width * height * rng.uniform(least, 1), (4 / 3) ** rng.uniform(-1, 1)
+    w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
+    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    image = decode(image, max(1, min(w, h) / size))
+    x, y = image.width / width, image.height / height  # below 1 where it was decoded smaller
+    return cut(image, size, (left * x, top * y, (left + w) * x, (top + h) * y))
 
 @lru_cache(1 << 16)
 def small_whole(data, size):
@@ -265,6 +314,14 @@ class Tokenizer:
             ids += self.cache[piece]
         return ids
 
+    @classmethod
+    def load(cls, path):
+        """Reads what `data.py tokenizer` wrote."""
+        try:
+            return cls(json.loads(Path(path).read_text()))
+        except (OSError, ValueError, TypeError, IndexError):
+            raise DataError(f"{path}: not a tokenizer; make one with data.py tokenizer") from None
+
     def decode(self, ids):
         """ids -> bytes; specials vanish."""
         return b"".join(self.bytes[int(n)] for n in ids)
@@ -287,62 +344,84 @@ def adjacent(word):
 # --- Index and loader -------------------------------------------------------------------------------------
 def fault(file, at, size, least=2048):
     """What is wrong with the image that lies there in a shard, by its header and its end alone, or None."""
-    head, end = os.pread(file, min(size, least), at), at + size
+    head, tail = read(file, at, min(size, least)), min(size, 1024)
     try:
         open_image(head)
     except DataError as error:  # perhaps its header is longer
         return fault(file, at, size, 1 << 24) if least < min(size, 1 << 24) else str(error)
     marker = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(head[:2], b"")  # of a JPEG's or PNG's end
-    return None if marker in os.pread(file, min(size, 1024), end - min(size, 1024)) else "image incomplete"
+    return None if marker in read(file, at + size - tail, tail) else "image incomplete"
+
+def index(file, need):
+    """An open shard -> keys and rows of what is readable, (key, cause) of the rest. A row: offset and size of
+    the image and, if captions are needed, of the caption, 1 where that is json."""
+    keys, rows, bad = [], [], []
+    for sample in grouped(file):
+        image, field = image_of(sample) or (0, 0), "txt" if "txt" in sample else "json"
+        text = sample.get(field, (0, 0)) if need else (0, 0)
+        cause = sample.get("__bad__") or (fault(file, *image) if image[1] else "no image")
+        if need and not cause and not captions({field: read(file, *text)}):
+            cause = "no caption"
+        if cause:
+            bad.append((sample["__key__"], cause))
+        else:
+            keys.append(sample["__key__"])
+            rows.append([*image, *text, int(field == "json")])
+    return keys, rows, bad
 
 def index_shard(job):
-    """job: a shard, are captions needed -> keys and rows of what is readable, causes of the rest.
-    A row: offset, size of image and caption, 1 where that is json. All is kept in the cache folder."""
+    """The index of a local shard, kept in the cache folder; job: its path, are captions needed."""
     path, need = job
-    about, keys, rows, bad = os.stat(path), [], [], []
-    name = os.fsencode(f"3 {os.path.abspath(path)} {about.st_size} {about.st_mtime_ns} {need}")
+    about = os.stat(path)
+    name = os.fsencode(f"4 {os.path.abspath(path)} {about.st_size} {about.st_mtime_ns} {need}")
     cache = cache_folder() / "index" / f"{hashlib.sha256(name).hexdigest()[:32]}.json"
     with suppress(OSError, ValueError):
         return json.loads(cache.read_text())
-    with open(path, "rb") as tar, open(path, "rb") as file:
-        for sample in grouped(tar):
-            image, field = image_of(sample) or (0, 0), "txt" if "txt" in sample else "json"
-            text = sample.get(field, (0, 0)) if need else (0, 0)
-            cause = sample.get("__bad__") or (fault(file.fileno(), *image) if image[1] else "no image")
-            if need and not cause and not captions({field: os.pread(file.fileno(), text[1], text[0])}):
-                cause = "no caption"
-            if cause:
-                bad.append(cause)
-            else:
-                keys.append(sample["__key__"])
-                rows.append([*image, *text, int(field == "json")])
+    with open(path, "rb") as file:
+        found = index(file, need)
     with suppress(OSError):  # a cache that cannot be written costs time only
         cache.parent.mkdir(parents=True, exist_ok=True)
         part = cache.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps([keys, rows, bad]))
+        part.write_text(json.dumps(found))
         part.replace(cache)
-    return keys, rows, bad
+    return found
+
+def indexed(file, key, row):
+    """A sample of an index, as raw bytes."""
+    at, size, text_at, text_size, is_json = row
+    text = read(file, text_at, text_size)
+    return {"__key__": key, "jpg": read(file, at, size), "json" if is_json else "txt": text}
 
 Batch = namedtuple("Batch", "images tokens keys")  # of one rank: uint8 (B,3,S,S), int64 (B,T), B names
 
-class Loader:
-    """Batches of a source: every readable sample once an epoch over all ranks and workers, but for the last
-    `count mod global batch` of its order. Order, crops and captions are a pure function of (seed, epoch).
-    `samples`: how many; `identity`: plain values that tell the same data again; `bad`: skipped."""
+class Loader(IterableDataset):
+    """Batches of a source. Of local shards every readable sample comes once an epoch over all ranks and
+    workers, but for the last `count mod global batch` of its order; order, crops and captions are a pure
+    function of (seed, epoch). Streams (`pipe:`, or resample) are read shard after shard, each by one worker.
+    `samples`: how many (of a stream None); `identity`: plain values that tell the same data again; `bad`:
+    what was skipped, by cause; `position`: at which shard of its endless sequence a stream goes on."""
     def __init__(self, source, batch_size, image_size, tokenizer, context, seed=0, rank=0, world=1, workers=0,
-                 crop=1.0, captions=True):
+                 crop=1.0, captions=True, resample=False):
         """batch_size: of one rank; crop: least area of a random crop, 1 for the test transform; captions: are
-        they needed (else tokens are SOT, EOT). DataError if a batch, or most of the data, is not usable."""
+        they needed (else tokens are SOT, EOT); resample: shards are drawn with replacement, without end.
+        DataError if a batch, or most of the data, is not usable."""
         self.batch_size, self.image_size, self.crop = batch_size, image_size, crop
         self.tokenizer, self.context, self.captions = tokenizer, context, captions
         self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
-        self.shards, self.bad, self.order = expand(source), Counter(), (None, None)
-        index = list(in_parallel(index_shard, [(shard, captions) for shard in self.shards], "indexing"))
-        self.keys = [key for keys, _, _ in index for key in keys]
-        self.rows = np.concatenate([np.array(rows, np.int64).reshape(-1, 5) for _, rows, _ in index])
-        self.shard_of = np.repeat(np.arange(len(index)), [len(rows) for _, rows, _ in index])
+        self.shards, self.resample, self.samples, self.position = expand(source), resample, None, 0
+        self.bad, self.order, names = Counter(), (None, None), [shown(shard) for shard in self.shards]
+        self.stream = resample or any(shard.startswith("pipe:") for shard in self.shards)
+        self.identity = {"shards": names}
+        if self.stream:
+            if world > 1 and not resample:
+                raise DataError(f"{names[0]}: a stream in several processes needs --resample and --steps")
+            return
+        found = list(in_parallel(index_shard, [(shard, captions) for shard in self.shards], "indexing"))
+        self.keys = [key for keys, _, _ in found for key in keys]
+        self.rows = np.concatenate([np.array(rows, np.int64).reshape(-1, 5) for _, rows, _ in found])
+        self.shard_of = np.repeat(np.arange(len(found)), [len(rows) for _, rows, _ in found])
         self.samples, batch = len(self.keys), batch_size * world
-        self.bad.update(cause for _, _, bad in index for cause in bad)
+        self.skip((f"{names[n]} {key}", cause) for n, (*_, bad) in enumerate(found) for key, cause in bad)
         if self.samples < max(batch, sum(self.bad.values())):
             raise DataError(f"{source}: {self.samples} usable samples, a batch is {batch}; {self.report()}")
         digest = hashlib.sha256("\n".join(self.keys).encode("utf-8", "replace")).hexdigest()
@@ -350,64 +429,106 @@ class Loader:
 
     def __len__(self):
         """Batches an epoch, the same on every rank."""
+        if self.stream:
+            raise DataError("how many samples a stream has is not known: give --steps, not --epochs")
         return self.samples // (self.batch_size * self.world)
+
+    def skip(self, failed):
+        """Counts what failed, (name, cause) each, and logs the first few."""
+        for name, cause in failed:
+            self.bad[cause] += 1
+            if sum(self.bad.values()) <= 5:
+                tqdm.write(f"skipped: {name}: {cause}", file=sys.stderr)
 
     def report(self):
         """What was skipped, in a line; empty if nothing was."""
         causes = ", ".join(f"{n} x {cause}" for cause, n in self.bad.most_common())
         return causes and f"skipped: {causes}"
 
-    def read(self, n):
-        """Sample n of the index, as raw bytes."""
-        at, size, text_at, text_size, is_json = self.rows[n].tolist()
-        with open(self.shards[self.shard_of[n]], "rb", buffering=0) as file:
-            image, text = os.pread(file.fileno(), size, at), os.pread(file.fileno(), text_size, text_at)
-        return {"__key__": self.keys[n], "jpg": image, ("txt", "json")[is_json]: text}
-
     def texts(self):
-        """Yields all captions, for the tokenizer."""
-        for n in range(self.samples):
-            yield from captions(self.read(n))
+        """Yields captions for the tokenizer: all, or those of a stream's first 200,000 samples."""
+        samples = read_samples(self.shards) if self.stream else map(self.sample, range(self.samples))
+        for sample in islice(samples, 200_000 if self.stream else None):
+            yield from captions(sample)
 
-    def image(self, content, rng):
-        """A sample's image, raw bytes -> uint8 (3,S,S); DataError where it does not decode."""
+    def sample(self, n):
+        """Sample n of the index, as raw bytes."""
+        with open(self.shards[self.shard_of[n]], "rb", buffering=0) as file:
+            return indexed(file, self.keys[n], self.rows[n].tolist())
+
+    def local(self, steps):
+        """Yields for each step, which count on from epoch to epoch, its raw samples with the seed of each
+        one's chance, and what failed."""
+        for step in steps:
+            epoch, number = divmod(step, len(self))
+            if self.order[0] != epoch:
+                self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.samples)
+            first = (number * self.world + self.rank) * self.batch_size
+            order = self.order[1][first : first + self.batch_size].tolist()
+            yield [(self.sample(n), [self.seed, epoch, n]) for n in order], []
+
+    def streamed(self, numbers):
+        """The same of the shards with these numbers in a stream's endless sequence."""
+        samples, failed, count = [], [], len(self.shards)
+        for number in numbers:
+            rng = np.random.default_rng([self.seed, number if self.resample else number // count, self.rank])
+            place = rng.integers(count) if self.resample else rng.permutation(count)[number % count]
+            self.position, name = number + 1, shown(self.shards[place])
+            with opened(self.shards[place]) as file:
+                keys, rows, lost = index(file, self.captions)
+                failed += [(f"{name} {key}", cause) for key, cause in lost]
+                if len(failed) > max(100, self.batch_size):
+                    raise DataError(f"{name}: most samples are of no use: {failed[-1][1]}")
+                for n in rng.permutation(len(keys)).tolist():
+                    samples.append((indexed(file, keys[n], rows[n]), [self.seed, number, self.rank, n]))
+                    if len(samples) == self.batch_size:
+                        yield samples, failed
+                        samples, failed = [], []
+
+    def prepare(self, sample, rng):
+        """A raw sample -> its key, a caption and its image (3,S,S); DataError where that does not decode."""
+        (image, texts), size = usable(sample, self.captions), self.image_size
+        text = texts[rng.integers(len(texts))]
         if self.crop < 1:
-            return random_crop(content, self.image_size, self.crop, rng)
-        if self.image_size <= 64:
-            return small_whole(content, self.image_size)
-        return preprocess(decode(content), self.image_size)
+            image = random_crop(image, size, self.crop, rng)
+        else:
+            image = small_whole(image, size) if size <= 64 else preprocess(decode(image), size)
+        return sample["__key__"], text, image
 
-    def __getitem__(self, step):
-        """What a worker makes of a step (of all epochs, counted on): images, tokens, keys, what failed."""
-        epoch, number = divmod(step, len(self))
-        if self.order[0] != epoch:
-            self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.samples)
-        first, made, failed = (number * self.world + self.rank) * self.batch_size, [], []
-        for n in self.order[1][first : first + self.batch_size].tolist():
-            sample, rng = self.read(n), np.random.default_rng([self.seed, epoch, n])
-            texts = captions(sample) if self.captions else [""]
-            try:
-                text = texts[rng.integers(len(texts))]
-                made.append((sample["__key__"], text, self.image(sample["jpg"], rng)))
-            except DataError as error:
-                failed.append(f"{error}")
-        if not made:
-            raise DataError(f"no image of a whole batch decodes: {failed[0]}")
-        keys, texts, images = zip(*(made[n % len(made)] for n in range(self.batch_size)), strict=True)
-        tokens = (self.tokenizer or Tokenizer([])).batch(texts, self.context)
-        return torch.stack(images), tokens, list(keys), failed
+    def __iter__(self):
+        """What a worker makes: images, tokens, keys, (name, cause) of what failed, and the position."""
+        info, tokenizer = get_worker_info(), self.tokenizer or Tokenizer([])
+        numbers = range(self.start + (info.id if info else 0), self.stop, info.num_workers if info else 1)
+        for samples, failed in (self.streamed if self.stream else self.local)(numbers):
+            made = []
+            for sample, seed in samples:
+                try:
+                    made.append(self.prepare(sample, np.random.default_rng(seed)))
+                except DataError as error:
+                    failed.append((sample["__key__"], str(error)))
+            if not made:
+                raise DataError(f"no image of a whole batch decodes: {failed[0][1]}")
+            keys, texts, images = zip(*(made[n % len(made)] for n in range(self.batch_size)), strict=True)
+            yield torch.stack(images), tokenizer.batch(texts, self.context), list(keys), failed, self.position
 
     def batches(self, start, stop=sys.maxsize):
-        """Yields the Batches of steps start ... stop - 1, which count on from epoch to epoch."""
-        for images, tokens, keys, failed in DataLoader(
-                self, None, sampler=range(start, stop), num_workers=min(self.workers, stop - start),
-                collate_fn=tuple, worker_init_fn=be_quiet, pin_memory=torch.cuda.is_available()):
-            self.bad.update(failed)
+        """Yields the Batches of steps start ... stop - 1, which count on from epoch to epoch; of a stream
+        those of its shards start ... stop - 1."""
+        self.start, self.stop, lost, seen = start, stop, 0, 0
+        load = DataLoader(self, None, num_workers=min(self.workers, stop - start), collate_fn=tuple,
+                          worker_init_fn=be_quiet, pin_memory=torch.cuda.is_available())
+        for images, tokens, keys, failed, position in load:
+            self.position = max(self.position, position)
+            self.skip(failed)
+            lost, seen = lost + len(failed), seen + len(keys)
+            if lost > max(100, seen / 2):
+                raise DataError(f"most samples are of no use; {self.report()}")
             yield Batch(images, tokens, keys)
 
     def epoch(self, n, skip=0):
         """Yields this rank's batches of epoch n after the first `skip`, all of full size."""
-        return self.batches(n * len(self) + skip, (n + 1) * len(self))
+        size = len(self.shards) if self.stream else len(self)
+        return self.batches(n * size + skip, (n + 1) * size)
 
 # --- Augmentation -----------------------------------------------------------------------------------------
 def simclr_view(images, noise, least=0.08):
@@ -433,101 +554,196 @@ def simclr_view(images, noise, least=0.08):
     x = mean + contrast.view(-1, 1, 1, 1) * (x - mean)
     return (x.clamp(0, 1) * 255).round().byte()
 
-# --- Built-in scenes --------------------------------------------------------------------------------------
-COLOURS = {
-    "red": (214, 39, 40), "green": (44, 150, 60), "blue": (40, 80, 220), "yellow": (245, 220, 50),
-    "orange": (250, 130, 20), "purple": (130, 50, 170), "pink": (250, 150, 200), "brown": (120, 72, 40),
-    "cyan": (60, 210, 225), "white": (250, 250, 250),
-}
-def outline(tips, dent=1.0):
-    """Corners (2 tips,2) of a star within the unit circle, y down; dent: the radius between its tips."""
-    angle = np.arange(2 * tips) * np.pi / tips - np.pi / 2
-    return np.stack([np.cos(angle), np.sin(angle)], axis=1) * np.tile([1, dent], tips)[:, None]
+# --- Making and inspecting shards -------------------------------------------------------------------------
+def write_shard(path, samples):
+    """Writes samples (key, {field: str or bytes}) as a tar."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, fields in samples:
+            for field, content in fields.items():
+                info, content = tarfile.TarInfo(f"{key}.{field}"), as_bytes(content)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
 
-SHAPES = {
-    "circle": 0.9 * outline(12), "triangle": 1.1 * outline(3, 0.5), "star": 1.1 * outline(5, 0.42),
-    "square": np.array([(-8, -8), (8, -8), (8, 8), (-8, 8)]) / 10,
-    "cross": np.array([(-3, -10), (3, -10), (3, -3), (10, -3), (10, 3), (3, 3), (3, 10), (-3, 10), (-3, 3),
-                       (-10, 3), (-10, -3), (-3, -3)]) / 10,
-    "ring": np.concatenate([outline(12), outline(12)[:1], 0.55 * outline(12)[:1], 0.55 * outline(12)[::-1]]),
-    "bar": np.array([(-10, -4), (10, -4), (10, 4), (-10, 4)]) / 10,
-    "arrow": np.array([(0, -10), (9, 1), (4, 1), (4, 10), (-4, 10), (-4, 1), (-9, 1)]) / 10,
+def build(folder, texts, function, jobs, label):
+    """Makes a new folder of texts {path: str} and of the shards that function writes, whose jobs begin with
+    their paths; it takes its name when it is whole -> what function returned for each."""
+    folder, part = Path(folder), Path(f"{folder}.{os.getpid()}.part")
+    if folder.exists():
+        raise DataError(f"{folder}: exists already; give a new folder")
+    try:
+        for path in [*texts, *(job[0] for job in jobs)]:
+            (part / path).parent.mkdir(parents=True, exist_ok=True)
+        for path, text in texts.items():
+            (part / path).write_text(text, encoding="utf-8")
+        found = list(in_parallel(function, [(part / path, *job) for path, *job in jobs], label))
+        with suppress(OSError):  # where another process was faster
+            part.rename(folder)
+        return found
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+def described(classes, templates, shards, where=""):
+    """The texts of a folder in CLIP_benchmark's layout; shards: {split: how many}."""
+    texts = {f"{split}/nshards.txt": [str(count)] for split, count in shards.items()}
+    if classes:
+        texts |= {"classnames.txt": classes, "zeroshot_classification_templates.txt": templates}
+    return {where + path: "\n".join(lines) for path, lines in texts.items()}
+
+def listed(source, templates):
+    """What a csv or tsv of paths and captions, or a folder of class folders, holds
+    -> {image's path: the fields beside it}, the names of the classes."""
+    rows, classes = defaultdict(list), []
+    if source.is_dir():
+        classes = sorted(path.name for path in source.iterdir() if path.is_dir())
+        for label, name in enumerate(classes):
+            texts = [template.replace("{c}", name) for template in templates]
+            fields = {"cls": str(label), "txt": "\n".join(texts)}
+            rows |= {path: fields for path in sorted((source / name).rglob("*")) if path.is_file()}
+        return rows, classes
+    with source.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        for row in filter(None, csv.reader(file, delimiter="\t" if source.suffix == ".tsv" else ",")):
+            rows[source.parent / row[0]] += [" ".join(text.split()) for text in row[1:] if text.strip()]
+    return {path: {"txt": "\n".join(texts)} for path, texts in rows.items()}, classes
+
+def pack_shard(job):
+    """Writes one shard; job: path, (number, image's path, fields) each, size -> what was left out, and why."""
+    path, items, size = job
+    broken = []
+    def samples():
+        for number, place, fields in items:
+            try:
+                content = place.read_bytes()
+                kind, image = open_image(content).format.lower(), decode(content)
+                if kind not in IMAGE_FIELDS or 0 < size < min(image.size):
+                    shrink, out = min(1, (size or math.inf) / min(image.size)), io.BytesIO()
+                    sides = [round(side * shrink) for side in image.size]
+                    image.resize(sides, Image.Resampling.BICUBIC).save(out, "JPEG", quality=92)
+                    kind, content = "jpeg", out.getvalue()
+                if not fields["txt"]:
+                    raise DataError("no caption")
+                yield f"{number:08d}", {kind.replace("jpeg", "jpg"): content} | fields
+            except (DataError, OSError) as error:
+                broken.append(f"{place}: {getattr(error, 'strerror', None) or error}")
+    write_shard(path, samples())
+    return broken
+
+def pack(source, folder, size=0, templates="a photo of a {c}", test=0.0, shard=1000, seed=0):
+    """Makes shards FOLDER/train/*.tar and, with --test, test/*.tar of images. SOURCE: a csv or tsv of paths
+    and captions, or a folder of class folders, which become labels, in CLIP_benchmark's layout, and captions
+    by --templates (joined by `::`). --size: short side that larger images shrink to; --test: share of the test
+    split; --shard: samples a shard; --seed: of their order."""
+    rows, classes = listed(Path(source), templates.split("::"))
+    rows = [(n, *row) for n, row in enumerate(rows.items())]
+    rows = [rows[n] for n in np.random.default_rng(seed).permutation(len(rows))]
+    first, shards, jobs = round(test * len(rows)), {}, []
+    for split, part in {"test": rows[:first], "train": rows[first:]}.items():
+        shards |= {split: -(-len(part) // shard)} if part else {}
+        jobs += [(f"{split}/{n // shard}.tar", part[n : n + shard], size) for n in range(0, len(part), shard)]
+    if not rows:
+        raise DataError(f"{source}: neither a table of paths and captions nor class folders of images")
+    texts = described(classes, templates.split("::"), shards)
+    broken = sum(build(folder, texts, pack_shard, jobs, "packing"), [])
+    print("".join(f"left out: {line}\n" for line in broken), end="", file=sys.stderr)
+    print(f"{folder}: {len(rows) - len(broken)} samples in {len(jobs)} shards; {len(broken)} left out")
+
+def inspect_shard(shard):
+    """-> rows (width, height, captions) of what is good, lines on the rest, some pictures, seconds."""
+    rows, bad, shots, began = [], [], [], time.perf_counter()
+    with opened(shard) as file:
+        for sample in grouped(file):
+            try:
+                if "__bad__" in sample:
+                    raise DataError(sample["__bad__"])
+                content, texts = usable(sample := loaded(file, sample), "cls" not in sample)
+                image = decode(content)
+                rows.append((*image.size, texts))
+                if len(shots) < 25:
+                    shots.append((ImageOps.contain(image, (150, 150)), texts[0] or str(sample["cls"][:20])))
+            except DataError as error:
+                bad.append(f"{shown(shard)} {sample['__key__']!a}: {error}")
+    return rows, bad, shots, time.perf_counter() - began
+
+def inspect(source, sheet="contact-sheet.png"):
+    """Says what is in shards and what is wrong with it, and saves --sheet, pictures with their captions. Exit
+    code 1: something is wrong with samples; 2: there is nothing to read."""
+    found = list(in_parallel(inspect_shard, expand(source), "inspecting"))
+    rows, bad, shots = (sum((each[n] for each in found), []) for n in range(3))
+    print("".join(f"{line}\n" for line in bad), end="", file=sys.stderr)
+    if not rows:
+        raise DataError(f"{source}: no usable sample")
+    seconds = sum(each[3] for each in found)
+    print(f"{len(found)} shards, {len(rows)} usable samples; one core decodes them in {seconds:.1f} s")
+    widths, heights, texts = zip(*rows, strict=True)
+    for name, values in {"width": widths, "height": heights, "captions": [len(each) for each in texts],
+                         "letters": [len(text) for each in texts for text in each]}.items():
+        print(f"{name}: {min(values)} to {max(values)}, median {np.median(values):g}")
+    causes = Counter(line.split(": ", 1)[1] for line in bad)
+    print("bad samples:", ", ".join(f"{n} x {cause}" for cause, n in causes.items()) or "none")
+    page = Image.new("RGB", (800, 950), "white")
+    for n, (image, text) in enumerate(shots[:: -(-len(shots) // 25)]):
+        x, y = n % 5 * 160 + 5, n // 5 * 190 + 5
+        page.paste(image, (x, y))
+        ImageDraw.Draw(page).text((x, y + 152), "\n".join(textwrap.wrap(text[:99], 24)[:2]), "black")
+    page.save(sheet)
+    print(f"pictures with captions: {sheet}")
+    return 1 if bad else 0
+
+# --- Built-in scenes --------------------------------------------------------------------------------------
+COLOURS = "red green blue yellow cyan magenta teal purple black white".split()
+SHAPES = {  # a star's tips, how far its dents lie from the middle (tips: 1), degrees that it is turned by
+    "circle": (16, 1, 0), "triangle": (3, 0.5, 0), "square": (4, 0.71, 45), "diamond": (2, 0.5, 0),
+    "star": (5, 0.4, 0), "sun": (9, 0.6, 0), "plus": (4, 0.3, 0), "cross": (4, 0.3, 45),
 }
-CLASSES = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-PHRASES = ("{}", "{}", "one {}", "there is {}", "a picture of {}", "a drawing of {}", "this is {}", "{} here")
+CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+RELATIONS = {"left of": (0, 1), "right of": (1, 0), "above": (0, 2), "below": (2, 0)}  # of which quarters
+PHRASES = ("a {}", "a {}", "one {}", "there is a {}", "a picture of a {}", "a drawing of a {}", "a {} here")
 SETS = {  # labelled sets: the names of their classes, and templates
-    "objects": ([" ".join(pair) for pair in CLASSES], ["a {c}", "there is a {c}", "a picture of a {c}"]),
+    "objects": (CLASSES, ["a {c}", "there is a {c}", "a picture of a {c}"]),
     "count": (["one object", "two objects", "three objects", "four objects"], ["{c}", "a picture of {c}"]),
     "position": (["top left", "top right", "bottom left", "bottom right"], ["a shape in the {c}"]),
     "relation": ([f"a red circle {relation} a blue square" for relation in RELATIONS], ["{c}"]),
 }
 SIDE = 32  # pixels
 
-def render(rng, objects):
-    """Draws objects (colour, shape, x, y, radius; pixels) on a random background with noise -> JPEG bytes."""
-    paints = np.array([COLOURS[colour] for colour, *_ in objects], dtype=np.float32)
-    for _ in range(20):  # a background, shaded from one colour to another, in which no object drowns
-        ends = rng.uniform(0, 255, (3, 3))
-        ends[1] = (ends[0] + ends[2]) / 2
-        if np.abs(paints[:, None] - ends).sum(axis=2).min() > 150:
-            break
-    angle, grid = rng.uniform(0, 2 * math.pi), np.linspace(-0.7, 0.7, SIDE)
+def scene(rng, name, label, classes):
+    """A scene of a labelled set or, of another name, one of one object or, a time in five, two
+    -> classes of its objects, their quarters of the image, and a caption, which never names the place."""
+    two = name == "relation" or (name not in SETS and rng.random() < 0.2)
+    count = label + 1 if name == "count" else 1 + two
+    objects = [classes[n] for n in rng.permutation(len(classes))[:count]]
+    quarters = rng.permutation(4)[:count]
+    if name == "objects":
+        objects = [CLASSES[label]]
+    if name == "position":
+        quarters = [label]
+    if not two:
+        colour, shape = objects[0].split()
+        words = (f"{colour} {shape}", shape, f"{colour} shape")[max(0, int(8 * rng.random()) - 5)]
+        return objects, quarters, PHRASES[rng.integers(len(PHRASES))].format(words)
+    if name == "relation":  # the same two in every picture: only the relation tells the classes apart
+        objects = ["red circle", "blue square"]
+    relation, quarters = list(RELATIONS.items())[label % 4]
+    quarters = np.add(quarters, rng.integers(2) * (2 if sum(quarters) == 1 else 1))  # of both rows or columns
+    return objects, quarters, f"a {objects[0]} {relation} a {objects[1]}"
+
+def render(rng, objects, quarters):
+    """Objects, each in its quarter, on a shaded background of middling colours, with noise -> JPEG bytes."""
+    first, last = rng.uniform(70, 185, (2, 3))
+    angle, grid, half = rng.uniform(0, 2 * math.pi), np.linspace(-0.7, 0.7, SIDE), SIDE / 2
     ramp = (0.5 + grid * math.cos(angle) + grid[:, None] * math.sin(angle)).clip(0, 1)[..., None]
-    pixels = ends[0] * ramp + ends[2] * (1 - ramp)
-    for paint, (_, shape, x, y, radius) in zip(paints, objects, strict=True):
-        turn = rng.uniform(-0.26, 0.26)
-        matrix = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
-        points = SHAPES[shape] @ matrix * radius + (x, y)
-        cover = Image.new("L", (3 * SIDE, 3 * SIDE))  # drawn three times as fine, for smooth edges
-        ImageDraw.Draw(cover).polygon((3 * points).ravel().tolist(), fill=255)
-        alpha = np.asarray(cover.reduce(3))[..., None] / 255
-        pixels = pixels * (1 - alpha) + (paint * rng.uniform(0.88, 1.05) + rng.normal(0, 6, 3)) * alpha
-    pixels = pixels + rng.uniform(2, 10) * rng.standard_normal(pixels.shape, dtype=np.float32)
-    out = io.BytesIO()
+    image = Image.fromarray((first * ramp + last * (1 - ramp)).astype(np.uint8))
+    image = image.resize((3 * SIDE, 3 * SIDE), Image.Resampling.NEAREST)  # so that edges come out smooth
+    for (colour, shape), quarter in zip(map(str.split, objects), quarters, strict=True):
+        (tips, dent, turn), radius = SHAPES[shape], rng.uniform(4.5, 7.5)
+        x, y = rng.uniform(radius, half - radius, 2) + (quarter % 2 * half, quarter // 2 * half)
+        angle = np.arange(2 * tips) * np.pi / tips + np.radians(turn) + rng.uniform(-0.2, 0.2)
+        reach = radius * np.tile([1, dent], tips)
+        points = np.stack([x + reach * np.sin(angle), y - reach * np.cos(angle)], axis=1)
+        ImageDraw.Draw(image).polygon((3 * points).ravel().tolist(), fill=colour)
+    pixels, out = np.asarray(image.reduce(3)) * rng.uniform(0.8, 1.1), io.BytesIO()
+    pixels += rng.uniform(2, 12) * rng.standard_normal(pixels.shape, dtype=np.float32)
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=92, subsampling=0)
     return out.getvalue()
-
-def related(rng, first, second, relation):
-    """Two objects, the first in that relation to the second."""
-    step = np.array(RELATIONS[relation])
-    aside, centre = 8 * step + rng.uniform(-5, 5) * step[::-1], rng.uniform(15, 17, 2)
-    pairs = (first, centre + aside), (second, centre - aside)
-    return [(*pair, *place, rng.uniform(5, 7.5)) for pair, place in pairs]
-
-def alone(rng, pair):
-    radius = rng.uniform(6, 11)
-    return [(*pair, *rng.uniform(radius, SIDE - radius, 2), radius)]
-
-def articled(words):
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-def captioned_scene(rng, pairs):
-    """One object or, a time in five, two -> objects, caption, which never names place, background or turn."""
-    if rng.random() < 0.2:
-        first, second = (pairs[n] for n in rng.choice(len(pairs), 2, replace=False))
-        relation = list(RELATIONS)[rng.integers(4)]
-        text = f"{articled(' '.join(first))} {relation} {articled(' '.join(second))}"
-        return related(rng, first, second, relation), text
-    objects = alone(rng, pairs[rng.integers(len(pairs))])
-    (colour, shape, _, _, radius), chance = objects[0], rng.random()
-    words = [shape] if chance < 0.12 else [colour, "shape"] if chance < 0.24 else [colour, shape]
-    if rng.random() < 0.5 and not 7.7 < radius < 9.3:
-        words.insert(0, (("small", "little"), ("big", "large"))[int(radius > 9)][rng.integers(2)])
-    phrase, words = PHRASES[rng.integers(len(PHRASES))], " ".join(words)
-    return objects, phrase.format(words if phrase.startswith("one") else articled(words))
-
-def labelled_scene(rng, name, label):
-    """The objects of a sample of a labelled set."""
-    if name == "objects":
-        return alone(rng, CLASSES[label])
-    if name == "relation":  # the same two in every picture: only the relation tells the classes apart
-        return related(rng, ("red", "circle"), ("blue", "square"), list(RELATIONS)[label])
-    quarters = [label] if name == "position" else rng.permutation(4)[: label + 1]
-    radii = rng.uniform(4, 6.5, len(quarters))
-    return [(*CLASSES[rng.integers(len(CLASSES))],
-             *(rng.uniform(r, SIDE / 2 - r, 2) + (q % 2 * SIDE / 2, q // 2 * SIDE / 2)), r)
-            for r, q in zip(radii, quarters, strict=True)]
 
 def unseen(seed):
     """Classes that captioned training never shows: each shape in one colour, no colour twice."""
@@ -537,63 +753,63 @@ def unseen(seed):
 def draw_shard(job):
     """Draws one shard; job: path, kind, numbers of its scenes, seed."""
     path, kind, numbers, seed = job
-    name, pairs = kind.split("-")[0], [pair for n, pair in enumerate(CLASSES) if n not in unseen(seed)]
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    name, shown = kind.split("-")[0], [each for n, each in enumerate(CLASSES) if n not in unseen(seed)]
+    def samples():
         for number in numbers:
             rng = np.random.default_rng([seed, *kind.encode(), number])
-            if name in SETS:
-                text = str(number % len(SETS[name][0]))
-                objects = labelled_scene(rng, name, int(text))
-            else:
-                objects, text = captioned_scene(rng, pairs)
-            fields = {"jpg": render(rng, objects), "cls" if name in SETS else "txt": text.encode()}
-            for field, content in fields.items():
-                info = tarfile.TarInfo(f"{kind}-{number:06d}.{field}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+            label = number % len(SETS[name][0]) if name in SETS else int(rng.integers(4))
+            objects, quarters, text = scene(rng, name, label, shown)
+            about = {"cls": str(label)} if name in SETS else {"txt": text}
+            yield f"{kind}-{number:06d}", {"jpg": render(rng, objects, quarters)} | about
+    write_shard(path, samples())
 
 def draw(folder, scenes=40_000, seed=0):
     """Draws the built-in data into a new folder, the same for a seed: captioned shards train-* and dev-*,
     labelled sets in CLIP_benchmark's layout, and objects/unseen.txt, the classes never captioned."""
-    folder, few, size = Path(folder), scenes // 4, min(2500, -(-scenes // 4))
-    if folder.exists():
-        raise DataError(f"{folder}: exists already; give a new folder")
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")  # renamed when it is whole
-    jobs = [(part / f"train-{n // size:05d}.tar", "train", range(n, min(n + size, scenes)), seed)
+    few, size = scenes // 4, min(2500, -(-scenes // 4))
+    jobs = [(f"train-{n // size:05d}.tar", "train", range(n, min(n + size, scenes)), seed)
             for n in range(0, scenes, size)]
-    jobs.append((part / "dev-00000.tar", "dev", range(min(1000, few)), seed))
-    for name, (names, templates) in SETS.items():
-        count = range(min(2000 if name == "objects" else 600, few))
-        for split in ("train", "test"):
-            (part / name / split).mkdir(parents=True)
-            (part / name / split / "nshards.txt").write_text("1")
-            jobs.append((part / name / split / "0.tar", f"{name}-{split}", count, seed))
-        (part / name / "classnames.txt").write_text("\n".join(names))
-        (part / name / "zeroshot_classification_templates.txt").write_text("\n".join(templates))
-    (part / "objects" / "unseen.txt").write_text("\n".join(map(str, unseen(seed))))
-    list(in_parallel(draw_shard, jobs, "drawing"))
-    with suppress(OSError):  # where another process was faster, with the same scenes
-        part.rename(folder)
-    shutil.rmtree(part, ignore_errors=True)
+    jobs.append(("dev-00000.tar", "dev", range(min(1000, few)), seed))
+    texts = {"objects/unseen.txt": "\n".join(map(str, unseen(seed)))}
+    for name, (classes, templates) in SETS.items():
+        numbers = range(min(2000 if name == "objects" else 600, few))
+        jobs += [(f"{name}/{split}/0.tar", f"{name}-{split}", numbers, seed) for split in ("train", "test")]
+        texts |= described(classes, templates, {"train": 1, "test": 1}, f"{name}/")
+    build(folder, texts, draw_shard, jobs, "drawing")
 
 def builtin(scenes, seed):
     """The folder of the built-in data in the cache; drawn where it is missing."""
-    folder = cache_folder() / f"scenes-{scenes}-{seed}"
+    folder = cache_folder() / f"scenes-2-{scenes}-{seed}"
     if not folder.exists():
         draw(folder, scenes, seed)
     return folder
 
 # --- Command line -----------------------------------------------------------------------------------------
+def tokenizer(source, file, vocab_size=32_768):
+    """Learns a tokenizer of at most --vocab-size ids from the captions of SOURCE and writes it to FILE."""
+    texts = tqdm(Loader(source, 1, 1, None, 3).texts(), "captions", disable=None)
+    Path(f"{file}.part").write_text(json.dumps(Tokenizer.train(texts, vocab_size).merges))
+    Path(f"{file}.part").replace(file)
+
 def main(argv=None):
-    """data.py draw FOLDER; exit code 2, and one line, for bad input."""
+    """Runs a command, whose flags are its function's parameters; bad input: one line, and exit code 2."""
     parser = argparse.ArgumentParser("data.py", description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=["draw"], help="draw the built-in scenes")
-    parser.add_argument("folder", help="a new one")
-    given = parser.parse_args(argv)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for function in (pack, inspect, tokenizer, draw):
+        command = commands.add_parser(function.__name__, description=function.__doc__)
+        for name, given in signature(function).parameters.items():
+            if given.default is given.empty:
+                command.add_argument(name)
+            else:
+                flag = f"--{name.replace('_', '-')}"
+                command.add_argument(flag, type=type(given.default), default=given.default)
+    given = vars(parser.parse_args(argv))
     try:
-        draw(given.folder)
+        sys.exit(globals()[given.pop("command")](**given))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (DataError, OSError) as error:
-        print(f"data.py: error: {error}", file=sys.stderr)
+        print(f"data.py: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -717,17 +718,14 @@ def shards_of(folder, sizes):
     """Shards of that many samples; sample n of all is named and captioned n."""
     folder.mkdir()
     numbers = iter(range(sum(sizes)))
-    return [
-        tar_of(
-            folder / f"{shard}.tar",
-            [
-                (f"{n:03d}.{field}", content)
-                for n in (next(numbers) for _ in range(size))
-                for field, content in (("jpg", picture(seed=n)), ("txt", b"number %d" % n))
-            ],
-        )
-        for shard, size in enumerate(sizes)
-    ]
+    def files(size):
+        for n in (next(numbers) for _ in range(size)):
+            yield from ((f"{n:03d}.jpg", picture(seed=n)), (f"{n:03d}.txt", b"number %d" % n))
+    return [tar_of(folder / f"{shard}.tar", files(size)) for shard, size in enumerate(sizes)]
+
+def python(*arguments):
+    """Runs Python with these arguments."""
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True)
 
 def loader_of(shards, batch=2, **options):
     return data.Loader(shards, batch, 8, data.Tokenizer([]), 16, **options)
@@ -735,6 +733,7 @@ def loader_of(shards, batch=2, **options):
 def test_a_source_names_shards_by_paths_globs_and_numbers(tmp_path):
     shards = shards_of(tmp_path / "a", [1] * 12)
     assert data.expand(f"{tmp_path}/a/{{9..11}}.tar::{tmp_path}/a/1?.tar") == shards[9:12] + shards[10:12]
+    assert data.expand("pipe:cat x{08..10}.tar") == [f"pipe:cat x{n}.tar" for n in ("08", "09", "10")]
     for wrong in (f"{tmp_path}/b-*.tar", f"{tmp_path}/a/{{11..12}}.tar", ""):
         with pytest.raises(data.DataError, match="no such shard"):
             data.expand(wrong)
@@ -763,6 +762,7 @@ def test_samples_are_those_of_the_webdataset_package(kind, tmp_path):
         for sample in webdataset.WebDataset(path, shardshuffle=False)
     ]
     assert list(data.read_samples(path)) == theirs and len(theirs) == 5
+    assert list(data.read_samples(f"pipe:cat {path}")) == theirs
 
 @pytest.mark.parametrize("seed", range(6))
 def test_an_epoch_is_a_plain_list_whatever_the_shards_ranks_workers_and_interruptions(seed, tmp_path):
@@ -806,15 +806,10 @@ def test_spawned_workers_give_what_forked_ones_give(tmp_path):
     )
     (tmp_path / "use.py").write_text(code)
     (tmp_path / "data.py").write_text(Path(data.__file__).read_text())  # alone in a folder
-    said = [
-        subprocess.run(
-            [sys.executable, tmp_path / "use.py", how, *shards], capture_output=True, text=True
-        ).stdout
-        for how in ("fork", "spawn")
-    ]
-    assert said[0] == said[1] != ""
+    said = {python(tmp_path / "use.py", how, *shards).stdout for how in ("fork", "spawn")}
+    assert len(said) == 1 and said != {""}
 
-def test_damaged_samples_are_skipped_and_counted_by_cause(tmp_path):
+def test_damaged_samples_are_skipped_logged_and_counted_by_cause(tmp_path, capsys):
     good, png = picture(), picture(kind="PNG")
     bomb = bytearray(png)
     bomb[16:24] = (60_000).to_bytes(4, "big") * 2
@@ -825,27 +820,24 @@ def test_damaged_samples_are_skipped_and_counted_by_cause(tmp_path):
         "image header unreadable, or image too large": bytes(bomb),
         "no image": b"",
     }
-    files = [
-        (f"good{n}.{field}", content)
-        for n in range(9)
-        for field, content in (("jpg", good), ("txt", b"fine"))
-    ]
-    for n, content in enumerate(bad.values()):
-        files += [(f"bad{n}.jpg", content), (f"bad{n}.txt", b"fine")]
+    images = {f"good{n}": good for n in range(9)} | {f"bad{n}": each for n, each in enumerate(bad.values())}
+    files = [file for key, image in images.items() for file in ((f"{key}.jpg", image), (f"{key}.txt", b"fine"))]
     files += [("empty.jpg", good), ("empty.txt", b" \n\n"), ("inside.jpg", inside), ("inside.txt", b"fine")]
-    for workers in (0, 2):
-        loader = loader_of(tar_of(tmp_path / "x.tar", files), 3, workers=workers)
+    path = tar_of(tmp_path / "x.tar", files)
+    for source, workers in ((path, 0), (path, 2), (f"pipe:cat {path}", 0), (f"pipe:cat {path}", 2)):
+        loader = loader_of(source, 5, workers=workers)
         keys = [key for each in loader.epoch(0) for key in each.keys]
         assert set(keys) <= {f"good{n}" for n in range(9)}
         assert loader.bad == {**dict.fromkeys(bad, 1), "no caption": 1, "image does not decode": 1}
         assert "1 x no caption" in loader.report()
+        assert "skipped: x.tar bad0: image incomplete" in capsys.readouterr().err
 
 @pytest.mark.parametrize(
     "files, says",
     [
         ([("a.jpg", picture())] * 1, "1 x no caption"),
         ([("a.txt", b"words")], "1 x no image"),
-        ([], "holds no sample"),
+        ([], "tar without samples"),
         ([("a.jpg", picture()), ("a.txt", b"few")], "1 usable samples"),
     ],
 )
@@ -864,26 +856,50 @@ def test_a_truncated_tar_gives_its_whole_samples_and_the_loss_is_counted(tmp_pat
         found = [sample["__key__"] for sample in samples if "txt" in sample]
         there = sum(end <= length for end in ends[1::2])
         assert found in ([f"{n:03d}" for n in range(count)] for count in (there - 1, there))
-        assert "cut.tar breaks off" in capsys.readouterr().err
-        loader = loader_of(str(tmp_path / "cut.tar"), 1)
-        assert sorted(key for each in loader.epoch(0) for key in each.keys) == found
-        assert any("cut.tar breaks off" in cause for cause in loader.bad)
+        assert "cut.tar: tar breaks off" in capsys.readouterr().err
+        for source in (str(tmp_path / "cut.tar"), f"pipe:cat {tmp_path}/cut.tar"):
+            loader = loader_of(source, 1)
+            assert sorted(key for each in loader.epoch(0) for key in each.keys) == found
+            assert any("tar breaks off" in cause for cause in loader.bad)
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        picture(mode="CMYK"),
-        picture(mode="L"),
-        picture(kind="PNG", mode="P", transparency=3),
-        picture(kind="WEBP"),
-        picture(kind="PNG", mode="I;16"),
-        picture(1, 10_000),
-        picture(10_000, 1),
-        picture(kind="PNG", mode="LA"),
-        picture(kind="GIF", save_all=True, append_images=[Image.new("RGB", (24, 16))]),
-        picture(kind="PNG", mode="1"),
-    ],
-)
+def test_a_command_that_fails_or_hangs_stops_the_run_and_its_secrets_are_not_printed(tmp_path, monkeypatch):
+    path = shards_of(tmp_path / "s", [4])[0]
+    monkeypatch.setattr(data, "PIPE_SECONDS", 0.3)
+    for end, says in (("exit 7", "exit code 7"), ("sleep 60", "nothing for 0.3 s")):
+        for workers in (0, 1):
+            command = f"cat {path}; : token=abc http://me:word@host/x-000.tar?key=def; {end}"
+            with pytest.raises(data.DataError, match=says) as error:
+                list(loader_of(f"pipe:{command}", workers=workers).epoch(0))
+            said = data.one_line(error.value)
+            assert said.startswith("x-000.tar: ") and not re.search("abc|def|me:|word", said)
+
+def test_a_stream_gives_each_shard_to_one_worker_and_goes_on_at_the_next(tmp_path):
+    source = [f"pipe:cat {shard}" for shard in shards_of(tmp_path / "s", [5, 3, 4, 6])]
+    for workers in (0, 2, 8):
+        loader = loader_of(source, 1, workers=workers)
+        keys = [key for each in loader.epoch(0) for key in each.keys]
+        assert sorted(keys) == [f"{n:03d}" for n in range(18)] and loader.position == 4
+        assert sorted(each.keys[0] for each in loader.batches(3, 5)) not in (keys, [])
+    loader = loader_of(source, 4)
+    endless = loader.batches(0)
+    assert [len(next(endless).keys) for _ in range(9)] == [4] * 9 and loader.position == 8
+    with pytest.raises(data.DataError, match="--steps"):
+        len(loader)
+    with pytest.raises(data.DataError, match="--resample"):
+        loader_of(source, world=2)
+
+def test_resampled_shards_differ_by_rank_and_come_without_end(tmp_path):
+    shards = shards_of(tmp_path / "s", [5, 3, 4, 6])
+    loaders = [loader_of(shards, 1, resample=True, rank=rank, world=2, seed=1) for rank in (0, 1)]
+    drawn = [[each.keys[0] for each in itertools.islice(loader.batches(0), 40)] for loader in loaders]
+    assert drawn[0] != drawn[1] and all(len(set(keys)) < 40 == len(keys) for keys in drawn)
+
+MODES = [picture(mode="CMYK"), picture(mode="L"), picture(kind="WEBP"), picture(1, 10_000), picture(10_000, 1)]
+MODES += [picture(kind="PNG", mode=mode) for mode in ("I;16", "LA", "1")]
+MODES += [picture(kind="PNG", mode="P", transparency=3)]
+MODES += [picture(kind="GIF", save_all=True, append_images=[Image.new("RGB", (24, 16))])]
+
+@pytest.mark.parametrize("content", MODES)
 def test_images_of_every_mode_and_shape_decode(content):
     image = data.decode(content)
     assert image.mode == "RGB" and data.preprocess(image, 8).shape == (3, 8, 8)
@@ -911,6 +927,63 @@ def test_the_tokenizer_is_lossless_on_any_bytes_and_cuts_long_captions_before_eo
         ids = tokenizer.encode(text)[:14]
         row = [1, *ids, 2] + [0] * (14 - len(ids))
         assert tokenizer.batch([text], 16).tolist() == [row]
+
+def test_the_tokenizer_merges_what_a_loop_over_all_pairs_would(tmp_path):
+    texts = ["the cat sat on the mat", "a cat and a hat", "that that", "the hat sat"]
+    words = [list(piece) for text in texts for piece in data.Tokenizer.pieces.findall(text.encode())]
+    words, merges = [[byte + 3 for byte in word] for word in words], []
+    while len(merges) < 8:
+        pairs = [pair for word in words for pair in zip(word, word[1:], strict=False)]
+        best = min(set(pairs), key=lambda pair: (-pairs.count(pair), pair))
+        for word in words:
+            for n in range(len(word) - 1):
+                if tuple(word[n : n + 2]) == best:
+                    word[n : n + 2] = [259 + len(merges)]
+        merges.append(best)
+    assert data.Tokenizer.train(texts, 267).merges == merges
+    shards = tar_of(tmp_path / "x.tar", [file for n, text in enumerate(texts)
+                                         for file in ((f"{n}.jpg", picture()), (f"{n}.txt", text.encode()))])
+    assert command("tokenizer", shards, tmp_path / "t.json", "--vocab-size", 267)[0] == 0
+    assert data.Tokenizer.load(tmp_path / "t.json").merges == merges
+
+def command(*arguments):
+    """data.py as a user calls it -> exit code, stdout, stderr."""
+    done = python(data.__file__, *arguments)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+def test_pack_makes_shards_of_tables_and_class_folders_and_names_broken_rows(tmp_path):
+    for n in range(5):
+        (tmp_path / f"{n}.jpg").write_bytes(picture(64, 48, seed=n))
+    rows = [f"{n % 5}.jpg,caption {n}" for n in range(10)] + ["gone.jpg,lost", "1.jpg"]
+    (tmp_path / "t.csv").write_text("path,caption\n" + "\n".join(rows))
+    for out in ("a", "b"):
+        code, said, err = command("pack", tmp_path / "t.csv", tmp_path / out, "--size", 20, "--test", 0.4)
+        assert code == 0 and "gone.jpg: No such file" in err and "2 left out" in said
+    assert (tmp_path / "a/train/0.tar").read_bytes() == (tmp_path / "b/train/0.tar").read_bytes()
+    samples = list(data.read_samples(f"{tmp_path}/a/t*/0.tar"))
+    assert len(samples) == 5 and all(len(data.captions(sample)) == 2 for sample in samples)
+    assert {data.decode(sample["jpg"]).size for sample in samples} == {(27, 20)}
+    code, _, err = command("pack", tmp_path / "t.csv", tmp_path / "a")
+    assert code == 2 and "exists already" in err
+    for name in ("cat", "dog"):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        for n in range(3):
+            (tmp_path / "classes" / name / f"{n}.png").write_bytes(picture(kind="PNG", seed=n))
+    assert command("pack", tmp_path / "classes", tmp_path / "set", "--templates", "a {c}::one {c}")[0] == 0
+    assert sorted(label for *_, label in data.labelled(tmp_path / "set", "train")) == [0, 0, 0, 1, 1, 1]
+    texts = {tuple(data.captions(sample)) for sample in data.read_samples(f"{tmp_path}/set/train/0.tar")}
+    assert texts == {("a cat", "one cat"), ("a dog", "one dog")}
+
+def test_inspect_reports_and_its_exit_code_says_whether_something_is_wrong(tmp_path):
+    shards_of(tmp_path / "s", [4, 3])
+    bad, sheet = tar_of(tmp_path / "bad.tar", [("x.jpg", b"bad")]), tmp_path / "sheet.png"
+    code, said, _ = command("inspect", f"{tmp_path}/s/*.tar", "--sheet", sheet)
+    assert code == 0 and "7 usable samples" in said and Image.open(sheet).width > 100
+    code, said, _ = command("inspect", f"{tmp_path}/s/*.tar::{bad}", "--sheet", sheet)
+    assert code == 1 and "1 x no caption" in said
+    for source in (bad, tmp_path / "none.tar"):
+        assert command("inspect", source, "--sheet", sheet)[0] == 2
 
 # --- Evaluation: features in, numbers out -----------------------------------------------------
 
