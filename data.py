@@ -271,7 +271,8 @@ class Tokenizer:
         if vocab_size < 259:
             raise DataError(f"a vocabulary of {vocab_size}: must be at least 259, 256 bytes and 3 specials")
         counts = Counter(piece for text in texts for piece in cls.pieces.findall(as_bytes(text)))
-        words, counts = ["".join(chr(byte + 3) for byte in piece) for piece in counts], list(counts.values())
+        pieces, counts = zip(*counts.most_common(100_000), strict=True) if counts else ((), ())
+        words = ["".join(chr(byte + 3) for byte in piece) for piece in pieces]
         pairs, where, merges, changed = Counter(), defaultdict(set), [], set()
         def count(n, times):
             for pair in adjacent(words[n]):
@@ -606,7 +607,7 @@ def listed(source, templates):
     return {path: {"txt": "\n".join(texts)} for path, texts in rows.items()}, classes
 
 def pack_shard(job):
-    """Writes one shard; job: path, (number, image's path, fields) each, size -> what was left out, and why."""
+    """Writes one shard; job: path, (number, image's path, fields) each, size -> what is left out, and why."""
     path, items, size = job
     broken = []
     def samples():
@@ -630,7 +631,7 @@ def pack_shard(job):
 def pack(source, folder, size=0, templates="a photo of a {c}", test=0.0, shard=1000, seed=0):
     """Makes shards FOLDER/train/*.tar and, with --test, test/*.tar of images. SOURCE: a csv or tsv of paths
     and captions, or a folder of class folders, which become labels, in CLIP_benchmark's layout, and captions
-    by --templates (joined by `::`). --size: short side that larger images shrink to; --test: share of the test
+    by --templates (joined by `::`). --size: short side that larger images shrink to; --test: share of a test
     split; --shard: samples a shard; --seed: of their order."""
     rows, classes = listed(Path(source), templates.split("::"))
     rows = [(n, *row) for n, row in enumerate(rows.items())]

@@ -821,7 +821,8 @@ def test_damaged_samples_are_skipped_logged_and_counted_by_cause(tmp_path, capsy
         "no image": b"",
     }
     images = {f"good{n}": good for n in range(9)} | {f"bad{n}": each for n, each in enumerate(bad.values())}
-    files = [file for key, image in images.items() for file in ((f"{key}.jpg", image), (f"{key}.txt", b"fine"))]
+    both = (((f"{key}.jpg", image), (f"{key}.txt", b"fine")) for key, image in images.items())
+    files = list(itertools.chain(*both))
     files += [("empty.jpg", good), ("empty.txt", b" \n\n"), ("inside.jpg", inside), ("inside.txt", b"fine")]
     path = tar_of(tmp_path / "x.tar", files)
     for source, workers in ((path, 0), (path, 2), (f"pipe:cat {path}", 0), (f"pipe:cat {path}", 2)):
@@ -894,8 +895,8 @@ def test_resampled_shards_differ_by_rank_and_come_without_end(tmp_path):
     drawn = [[each.keys[0] for each in itertools.islice(loader.batches(0), 40)] for loader in loaders]
     assert drawn[0] != drawn[1] and all(len(set(keys)) < 40 == len(keys) for keys in drawn)
 
-MODES = [picture(mode="CMYK"), picture(mode="L"), picture(kind="WEBP"), picture(1, 10_000), picture(10_000, 1)]
-MODES += [picture(kind="PNG", mode=mode) for mode in ("I;16", "LA", "1")]
+MODES = [picture(mode="CMYK"), picture(mode="L"), picture(kind="WEBP"), picture(kind="PNG", mode="I;16")]
+MODES += [picture(kind="PNG", mode="LA"), picture(kind="PNG", mode="1"), picture(1, 10_000), picture(10_000, 1)]
 MODES += [picture(kind="PNG", mode="P", transparency=3)]
 MODES += [picture(kind="GIF", save_all=True, append_images=[Image.new("RGB", (24, 16))])]
 
