@@ -181,6 +181,14 @@ def usable(sample, captioned=True):
         raise DataError("no caption" if image else "no image")
     return image, texts
 
+def captioned(source):
+    """Yields (key, image bytes, captions) of shards of which every sample must be whole, as a test set's."""
+    for sample in read_samples(source, strict=True):
+        try:
+            yield sample["__key__"], *usable(sample)
+        except DataError as error:
+            raise DataError(f"{source}: {sample['__key__']}: {error}") from None
+
 def labelled(folder, split):
     """Yields (key, image bytes, label) of a split of a folder in CLIP_benchmark's layout."""
     count = Path(folder, split, "nshards.txt")

@@ -896,8 +896,8 @@ def test_resampled_shards_differ_by_rank_and_come_without_end(tmp_path):
     assert drawn[0] != drawn[1] and all(len(set(keys)) < 40 == len(keys) for keys in drawn)
 
 MODES = [picture(mode="CMYK"), picture(mode="L"), picture(kind="WEBP"), picture(kind="PNG", mode="I;16")]
-MODES += [picture(kind="PNG", mode="LA"), picture(kind="PNG", mode="1"), picture(1, 10_000), picture(10_000, 1)]
-MODES += [picture(kind="PNG", mode="P", transparency=3)]
+MODES += [picture(kind="PNG", mode="LA"), picture(kind="PNG", mode="1"), picture(1, 10_000)]
+MODES += [picture(10_000, 1), picture(kind="PNG", mode="P", transparency=3)]
 MODES += [picture(kind="GIF", save_all=True, append_images=[Image.new("RGB", (24, 16))])]
 
 @pytest.mark.parametrize("content", MODES)
