@@ -743,7 +743,7 @@ def render(rng, objects, quarters):
     image = Image.fromarray((first * ramp + last * (1 - ramp)).astype(np.uint8))
     image = image.resize((3 * SIDE, 3 * SIDE), Image.Resampling.NEAREST)  # so that edges come out smooth
     for (colour, shape), quarter in zip(map(str.split, objects), quarters, strict=True):
-        (tips, dent, turn), radius = SHAPES[shape], rng.uniform(4.5, 7.5)
+        (tips, dent, turn), radius = SHAPES[shape], rng.uniform(5, 8)
         x, y = rng.uniform(radius, half - radius, 2) + (quarter % 2 * half, quarter // 2 * half)
         angle = np.arange(2 * tips) * np.pi / tips + np.radians(turn) + rng.uniform(-0.2, 0.2)
         reach = radius * np.tile([1, dent], tips)
