@@ -375,7 +375,7 @@ def evaluate(model, tokenizer, eval_data, out=None):
         for task, scores in measure(model, tokenizer, dataset, set(TASKS) - {"knn"}).items():
             entry = {name: score.mean() for name, score in scores.items()}
             entry |= {"chance": {name: score.chance for name, score in scores.items()}}
-            entry["n"] = len(next(iter(scores.values())).values)
+            entry["n"] = max([len(score.values) for score in scores.values()], default=0)
             results[f"{task} {dataset.name}" if task in results else task] = entry
             if out and task == "reconstruction":
                 draw_reconstructions(model, tokenizer, dataset, Path(out) / "reconstructions.png")
@@ -401,7 +401,7 @@ def format_table(rows, style="text"):
 
 def suite(checkpoints, datasets, tasks, style="text", device="cpu", untrained=False):
     """Every task that applies, for each checkpoint and maybe a new model of the first one's configuration,
-    with chance and 95 % intervals; of two checkpoints the lead too, image by image -> text or json."""
+    with chance and 95 % intervals; of two checkpoints the lead too, image by image -> table."""
     found, names = {}, []
     for path in [*checkpoints, *[None] * untrained]:
         model, tokenizer, config = mae_clip.load(path or checkpoints[0], device)
@@ -457,10 +457,10 @@ def draw_reconstructions(model, tokenizer, dataset, path, count=8):
     for i in range(len(hidden) if tokenizer else 0):
         old, new = ([tokenizer.decode([n]).decode("utf-8", "replace") for n in out[name][i].tolist()]
                     for name in ("tokens", "text"))
-        words = [f"{a[: -len(a.lstrip())]}[{a.strip()}: {b.strip()}]" if gone else a
+        words = [f"{a[: len(a) - len(a.lstrip())]}[{a.strip()}: {b.strip()}]" if gone else a
                  for a, b, gone in zip(old, new, out["text_mask"][i], strict=True)]
         text = textwrap.fill("".join(words).strip(), (side + 220) // 8)
-        draw.text((22 + 3 * (side + 8), 36 + i * (side + 8)), text, "black", font, spacing=6)
+        draw.text((14 + 3 * (side + 8), 36 + i * (side + 8)), text, "black", font, spacing=6)
     draw.text((14, sheet.height - 26), note, "dimgrey", font)
     sheet.save(path)
 
@@ -517,8 +517,6 @@ def benchmark(config, steps=10):
         return np.diff(clock)
     def step(batch):
         mae_clip.train_step(net, optimizer, autocast, mae_clip.inputs(config, next(numbers), batch, device))
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
     first, *_ = timed(lambda: step(synthetic), 3)
     seconds = timed(lambda: step(synthetic), steps)
     median, used = float(np.median(seconds)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -527,6 +525,7 @@ def benchmark(config, steps=10):
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     rates = 3e-12 * flops(config) * B / median, 2e-12 * side**3 / min(timed(lambda: matrix @ matrix, 9))
     found = {"scale": config.scale, "method": config.method, "device": str(device), "dtype": str(dtype)[6:],
+             "torch": torch.__version__, "threads": torch.get_num_threads(), "steps": steps,
              "batch": B, "pairs/s": B / median, "slowest": B / seconds.max(), "fastest": B / seconds.min(),
              "GFLOP a pair": flops(config) / 1e9, "TFLOP/s": rates[0], "matrix TFLOP/s": rates[1],
              "share": rates[0] / rates[1], "memory GiB": used / 2**30, "compile s": first - median}
