@@ -101,8 +101,7 @@ class Config:
     context: int = flag(16, "tokens a caption, with SOT and EOT", low=3)
     vocab_size: int = flag(0, "asked of the tokenizer; 0: 512 for contexts of up to 32, else 32,768", low=0)
     embed: int = flag(64, "width of the joint embedding", low=1)
-    decoder: str = flag("joint", "self-attention over all, or removed ones query visible ones",
-                        choices=("joint", "cross"))
+    decoder: str = flag("joint", "cross: removed ones query the visible ones", choices=("joint", "cross"))
     decoder_width: int = flag(64, "of the decoder", low=4)
     decoder_depth: int = flag(1, "blocks of the decoder", low=1)
     decoder_heads: int = flag(2, "attention heads of the decoder", low=1)
@@ -199,10 +198,6 @@ def caption_end(tokens):
     """tokens (B,T) -> (B,1): EOT's position. What follows it is padding, whatever ids stand there."""
     return (tokens == EOT).int().argmax(dim=1, keepdim=True)
 
-def is_token(tokens):
-    """tokens (B,T) -> (B,T) bool, False at padding."""
-    return torch.arange(tokens.shape[1], device=tokens.device) <= caption_end(tokens)
-
 def take(x, index):
     """x (B or 1,N,D), index (B,K) -> (B,K,D): the rows that index names in each sample."""
     return x.expand(index.shape[0], -1, -1).gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -272,10 +267,9 @@ class TextEmbedding(nn.Module):
 
     def forward(self, tokens, keep=None):
         """tokens (B,T), keep (B,K) positions or None -> (B,T or K,D), and valid (B,T or K): no padding."""
-        position, valid = self.position[:, : tokens.shape[1]], is_token(tokens)
-        if keep is not None:
-            tokens, valid, position = tokens.gather(1, keep), valid.gather(1, keep), take(position, keep)
-        return self.token(tokens) + position, valid
+        slots = torch.arange(tokens.shape[1], device=tokens.device) if keep is None else keep
+        x = self.token(tokens if keep is None else tokens.gather(1, keep))
+        return x + F.embedding(slots, self.position[0]), slots <= caption_end(tokens)
 
 class TextEncoder(nn.Module):
     """Text transformer that looks both ways: a causal one could not use what follows a removed token."""
@@ -298,7 +292,8 @@ class Masked:
     def __init__(self, keep, mask, seen):
         self.mask = mask  # (B, N or T), True where removed
         self.keep, self.seen = keep, seen  # (B,K) what the encoder sees, and whether that is no padding
-        self.gone = mask.int().argsort(dim=1, descending=True, stable=True)[:, : mask.shape[1] - keep.shape[1]]
+        order = mask.int().argsort(dim=1, descending=True, stable=True)  # the removed ones first
+        self.gone = order[:, : mask.shape[1] - keep.shape[1]]
         self.asked = mask.gather(1, self.gone)  # (B,R) what the decoder predicts, and whether it was removed
         self.encoded = None  # (B,K,D), patches with CLS before them
         self.predicted = None  # (B,R,P*P*3) or (B,R,V), in the order of gone
@@ -337,10 +332,9 @@ class Decoder(nn.Module):
             count, x = x.shape[1], torch.cat([x, wanted], dim=1)
             for block in self.blocks[:-1]:
                 x = block(x, valid)
-            wanted = self.blocks[-1](x, valid, x[:, count:])  # of the last block only what is asked for
-        else:
-            for block in self.blocks:
-                wanted = block(x, valid, wanted)
+            wanted = x[:, count:]  # of the last block only what is asked for
+        for block in self.blocks[-1:] if self.joint else self.blocks:
+            wanted = block(x, valid, wanted)
         rows = self.norm(wanted).split([part.gone.shape[1] for part, _ in parts], dim=1)
         for (part, way), x in zip(parts, rows, strict=True):
             part.predicted = way.head(x)
@@ -363,7 +357,10 @@ def gather(x):
     return (all_gather or collectives.all_gather_tensor_autograd)(x.contiguous(), 0, dist.group.WORLD)
 
 def masked_mean(error, mask):
-    """Mean over all ranks of error where mask is True -> 0-d; 0 with zero gradient where it never is."""
+    """Mean over all ranks of error where mask is True -> 0-d; 0 with zero gradient where it never is. Without
+    a mask: error, of which --accumulate takes the mean when it has it of all the batch."""
+    if mask is None:
+        return error
     total, count = error.where(mask, 0).sum().view(1), mask.sum().view(1)
     return gather(total).sum() / gather(count.to(total.dtype)).sum().clamp(min=1)
 
@@ -371,7 +368,7 @@ def wide(x):
     """float32 at least: logits, softmax and pixel statistics are never taken in half precision."""
     return x if x.dtype == torch.float64 else x.float()
 
-def contrastive_loss(image_features, text_features, scale):
+def contrastive_loss(image_features, text_features, scale=1.0):
     """Symmetric InfoNCE (CLIP), mean of both directions: image_features, text_features (B,E) of unit norm,
     scale the factor on the cosine (float or 0-d) -> 0-d. A rank computes its own rows against all columns."""
     with torch.autocast(image_features.device.type, enabled=False):
@@ -388,23 +385,17 @@ def patch_targets(patches, normalise=True):
     variance, mean = torch.var_mean(wide(patches), dim=-1, keepdim=True)
     return (wide(patches) - mean) / (variance + 1e-6).sqrt()
 
-def image_error(prediction, patches, normalise=True):
-    """prediction, patches (...,P*P*3) -> (...): each patch's mean squared error (MAE)."""
-    return (wide(prediction) - patch_targets(patches, normalise)).square().mean(dim=-1)
-
 def image_loss(prediction, patches, mask, normalise=True):
     """Mean squared error of the removed patches (MAE): prediction, patches (...,P*P*3), mask (...) -> 0-d."""
-    return masked_mean(image_error(prediction, patches, normalise), mask)
-
-def text_error(logits, tokens):
-    """logits (...,V), tokens (...) -> (...): each token's cross-entropy."""
-    return F.cross_entropy(wide(logits).movedim(-1, 1), tokens, reduction="none")
+    error = (wide(prediction) - patch_targets(patches, normalise)).square().mean(dim=-1)
+    return masked_mean(error, mask)
 
 def text_loss(logits, tokens, mask):
     """Cross-entropy of the removed tokens: logits (...,V), tokens (...), mask (...) -> 0-d."""
-    return masked_mean(text_error(logits, tokens), mask)
+    error = F.cross_entropy(wide(logits).flatten(0, -2), tokens.flatten(), reduction="none")
+    return masked_mean(error.view(tokens.shape), mask)
 
-def simclr_loss(a, b, temperature):
+def simclr_loss(a, b, temperature=0.1):
     """NT-Xent (SimCLR): each of 2G views (a, b (B,E), normalised here) must find its other one -> 0-d."""
     with torch.autocast(a.device.type, enabled=False):
         a, b = F.normalize(wide(a), dim=-1), F.normalize(wide(b), dim=-1)
@@ -451,8 +442,7 @@ class MAECLIP(nn.Module):
         self.initialise(seed)
         for block in self.modules():
             if config.grad_checkpoint and isinstance(block, Block):
-                again = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in it is random
-                block.forward = partial(checkpoint, block.forward, **again)
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if list(terms) == ["text"]:  # no loss looks at the patches
             for name, parameter in self.image_encoder.named_parameters():
                 parameter.requires_grad_(m3ae and not name.startswith(("patch_embed", "type_embed")))
@@ -526,9 +516,9 @@ class MAECLIP(nn.Module):
             found["contrastive"] = self.logit_scale.exp() * x, self.encode_text(tokens)
         if image:
             target = take(patchify(images, c.patch_size), image.gone)
-            found["image"] = image_error(image.predicted, target, c.norm_pix), image.asked
+            found["image"] = image_loss(image.predicted, target, None, c.norm_pix), image.asked
         if text:
-            found["text"] = text_error(text.predicted, tokens.gather(1, text.gone)), text.asked
+            found["text"] = text_loss(text.predicted, tokens.gather(1, text.gone), None), text.asked
         if "simclr" in weights:
             x = pool(self.image_encoder(torch.cat(views)), c.pool)
             found["simclr"] = self.simclr_head(x).chunk(2)
@@ -536,15 +526,10 @@ class MAECLIP(nn.Module):
 
     def losses(self, found):
         """forward's parts, of the whole batch of this rank -> its terms and `loss`, their weighted sum."""
-        terms, weights = {}, self.config.weights()
-        for term, (a, b) in found.items():
-            if term == "contrastive":
-                terms[term] = contrastive_loss(a, b, scale=1.0)  # a is scaled already
-            elif term == "simclr":
-                terms[term] = simclr_loss(a, b, temperature=0.1)
-            else:
-                terms[term] = masked_mean(a, b)
-        return terms | {"loss": sum(weights[term] * terms[term] for term in weights)}
+        losses = {"contrastive": contrastive_loss, "image": masked_mean, "text": masked_mean,
+                  "simclr": simclr_loss}
+        terms = {term: losses[term](*pair) for term, pair in found.items()}
+        return terms | {"loss": sum(w * terms[term] for term, w in self.config.weights().items())}
 
     @torch.no_grad()
     def reconstruct(self, images, tokens, image_noise=None, text_noise=None):
@@ -635,8 +620,7 @@ def checkpoints(out):
     return sorted(Path(out).glob("checkpoint-*.pt"), key=lambda path: -int(path.stem.split("-")[1]))
 
 def save_checkpoint(out, model, optimizer, step, config, loader, seconds):
-    """Writes all that a run goes on from, whole or not at all, and keeps the last two. All chance follows
-    from the seed and the step, so there is no random state to keep."""
+    """Writes all that a run goes on from, whole or not at all, and keeps the last two."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
              "seconds": seconds, "config": asdict(config), "data": loader.identity,
              "tokenizer": loader.tokenizer and loader.tokenizer.merges}
@@ -657,10 +641,7 @@ def load(path, device="cpu"):
     """A checkpoint's model in eval mode, its tokenizer (None where there were no captions) and its Config."""
     state = read_checkpoint(path, device)
     model = MAECLIP(state["config"]).to(device)
-    try:
-        model.load_state_dict(state["model"])
-    except (KeyError, RuntimeError):
-        raise DataError(f"{path}: its weights do not fit its configuration") from None
+    model.load_state_dict(state["model"])
     tokenizer = None if state["tokenizer"] is None else Tokenizer(state["tokenizer"])
     return model.eval(), tokenizer, state["config"]
 
@@ -675,19 +656,17 @@ def open_run(out, config):
     for path in checkpoints(out):
         try:
             state = read_checkpoint(path)
-            break
         except DataError as error:
             print(f"passed over: {error}", file=sys.stderr)
-    else:
-        if checkpoints(out):
-            raise DataError(f"{out}: none of its checkpoints is whole; remove it or give another --out")
-        return None
-    then, now = asdict(state["config"]), asdict(config)
-    names = sorted(set(now) - MAY_CHANGE - ({"steps"} if config.epochs else set()))
-    other = [f"--{name.replace('_', '-')} {then[name]}" for name in names if then[name] != now[name]]
-    if other:
-        raise DataError(f"{path}: was trained with {' '.join(other)}; give that, or another --out")
-    return state
+            continue
+        then, now = asdict(state["config"]), asdict(config)
+        names = sorted(set(now) - MAY_CHANGE - ({"steps"} if config.epochs else set()))
+        other = [f"--{name.replace('_', '-')} {then[name]}" for name in names if then[name] != now[name]]
+        if other:
+            raise DataError(f"{path}: was trained with {' '.join(other)}; give that, or another --out")
+        return state
+    if checkpoints(out):
+        raise DataError(f"{out}: none of its checkpoints is whole; remove it or give another --out")
 
 def open_data(config, state):
     """The training Loader with its tokenizer; settles config's data, eval_data, vocab_size and steps."""
@@ -738,16 +717,16 @@ def backward(net, autocast, batch, pieces):
     batches = [tree_map(lambda x, n=n: x.chunk(pieces)[n], batch) for n in range(pieces)]
     with torch.no_grad(), autocast:
         found = [net(*batch, parts=True) for batch in batches]
-    found = tree_map(lambda *rows: torch.cat(rows), *found)
-    leaves = [x.requires_grad_() for pair in found.values() for x in pair if x.is_floating_point()]
+    found = tree_map(lambda *x: torch.cat(x).requires_grad_(x[0].is_floating_point()), *found)
     terms = getattr(net, "module", net).losses(found)
     terms["loss"].backward()
     for n, batch in enumerate(batches):  # gradients cross ranks once, with the last piece
-        with net.no_sync() if hasattr(net, "no_sync") and n < pieces - 1 else nullcontext():
-            with autocast:
-                found = net(*batch, parts=True)
-            outputs = [x for pair in found.values() for x in pair if x.is_floating_point()]
-            torch.autograd.backward(outputs, [x.grad.chunk(pieces)[n] for x in leaves])
+        apart = net.no_sync() if hasattr(net, "no_sync") and n < pieces - 1 else nullcontext()
+        with apart, autocast:
+            outputs = net(*batch, parts=True)
+        pairs = [(x, of.grad.chunk(pieces)[n]) for term in found for x, of in
+                 zip(outputs[term], found[term], strict=True) if of.requires_grad]
+        torch.autograd.backward(*zip(*pairs, strict=True))
     return terms
 
 def train_step(net, optimizer, autocast, batch, pieces=1):
