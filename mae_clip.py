@@ -22,7 +22,9 @@ import signal
 import sys
 import time
 import zlib
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +32,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed import _functional_collectives as collectives
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import Batch, DataError, Loader, Tokenizer, builtin, simclr_view
@@ -67,6 +71,7 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1")
     precision: str = flag("auto", "of matrix products", choices=("auto", "fp32", "bf16"))
     compile: bool | None = flag(None, "torch.compile; by default on CUDA only")
+    grad_checkpoint: bool = flag(False, "compute activations again in the backward pass: slower, less memory")
     log_every: int = flag(50, "steps between lines of the log", low=1)
     save_every: int = flag(500, "steps between checkpoints", low=1)
     data: str = flag("", "shards: paths, globs, {000..123}, joined by ::; empty: the built-in scenes")
@@ -79,6 +84,7 @@ class Config:
     epochs: float = flag(0.0, "passes over the data; above 0 it sets --steps", low=0)
     stop_after: int = flag(0, "save and stop after this many steps in all, schedule unchanged", low=0)
     batch_size: int = flag(256, "pairs a step, over all processes", low=2)
+    accumulate: int = flag(1, "pieces of a batch, in memory one at a time; losses stay the batch's", low=1)
     optimizer: str = flag("muon", "of linear layers' matrices; adamw of all else", choices=("adamw", "muon"))
     lr: float = flag(3e-3, "peak learning rate", low=0)
     warmup: int = flag(50, "steps of linear warm-up before the cosine to zero", low=0)
@@ -95,7 +101,7 @@ class Config:
     context: int = flag(16, "tokens a caption, with SOT and EOT", low=3)
     vocab_size: int = flag(0, "asked of the tokenizer; 0: 512 for contexts of up to 32, else 32,768", low=0)
     embed: int = flag(64, "width of the joint embedding", low=1)
-    decoder: str = flag("joint", "self-attention over visible and removed ones", choices=("joint",))
+    decoder: str = flag("joint", "cross: removed ones query the visible ones", choices=("joint", "cross"))
     decoder_width: int = flag(64, "of the decoder", low=4)
     decoder_depth: int = flag(1, "blocks of the decoder", low=1)
     decoder_heads: int = flag(2, "attention heads of the decoder", low=1)
@@ -192,10 +198,6 @@ def caption_end(tokens):
     """tokens (B,T) -> (B,1): EOT's position. What follows it is padding, whatever ids stand there."""
     return (tokens == EOT).int().argmax(dim=1, keepdim=True)
 
-def is_token(tokens):
-    """tokens (B,T) -> (B,T) bool, False at padding."""
-    return torch.arange(tokens.shape[1], device=tokens.device) <= caption_end(tokens)
-
 def take(x, index):
     """x (B or 1,N,D), index (B,K) -> (B,K,D): the rows that index names in each sample."""
     return x.expand(index.shape[0], -1, -1).gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -265,10 +267,9 @@ class TextEmbedding(nn.Module):
 
     def forward(self, tokens, keep=None):
         """tokens (B,T), keep (B,K) positions or None -> (B,T or K,D), and valid (B,T or K): no padding."""
-        position, valid = self.position[:, : tokens.shape[1]], is_token(tokens)
-        if keep is not None:
-            tokens, valid, position = tokens.gather(1, keep), valid.gather(1, keep), take(position, keep)
-        return self.token(tokens) + position, valid
+        slots = torch.arange(tokens.shape[1], device=tokens.device) if keep is None else keep
+        x = self.token(tokens if keep is None else tokens.gather(1, keep))
+        return x + F.embedding(slots, self.position[0]), slots <= caption_end(tokens)
 
 class TextEncoder(nn.Module):
     """Text transformer that looks both ways: a causal one could not use what follows a removed token."""
@@ -288,15 +289,18 @@ class TextEncoder(nn.Module):
 
 class Masked:
     """One modality in the masked pass: positions kept and removed, and what becomes of both."""
-    def __init__(self, keep, mask):
-        self.keep, self.mask = keep, mask  # (B,K) what the encoder sees; (B, N or T), True where removed
+    def __init__(self, keep, mask, seen):
+        self.mask = mask  # (B, N or T), True where removed
+        self.keep, self.seen = keep, seen  # (B,K) what the encoder sees, and whether that is no padding
         order = mask.int().argsort(dim=1, descending=True, stable=True)  # the removed ones first
-        self.gone = order[:, : mask.shape[1] - keep.shape[1]]  # (B,R) what the decoder predicts
+        self.gone = order[:, : mask.shape[1] - keep.shape[1]]
+        self.asked = mask.gather(1, self.gone)  # (B,R) what the decoder predicts, and whether it was removed
         self.encoded = None  # (B,K,D), patches with CLS before them
         self.predicted = None  # (B,R,P*P*3) or (B,R,V), in the order of gone
 
 class Decoder(nn.Module):
-    """Predicts removed patches and tokens by self-attention over all of both (MAE's and M3AE's decoder)."""
+    """Predicts removed patches and tokens by self-attention over all of both (joint: MAE's and M3AE's form),
+    or by attention from the removed to the visible ones, which stay as they are (cross)."""
     def __init__(self, config):
         super().__init__()
         side, width = config.image_size // config.patch_size, config.decoder_width
@@ -310,24 +314,28 @@ class Decoder(nn.Module):
             self.add_module(name, way)
         self.register_buffer("patch_position", sincos_2d(width, side, side).unsqueeze(0), persistent=False)
         self.blocks = nn.ModuleList([Block(width, config.decoder_heads) for _ in range(config.decoder_depth)])
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm, self.joint = nn.LayerNorm(width, eps=1e-6), config.decoder == "joint"
 
-    def forward(self, image, text, valid):
-        """image, text: Masked or None, valid (B,T): which tokens are no padding; sets what is predicted."""
+    def forward(self, image, text):
+        """image, text: Masked or None; sets what is predicted of each."""
         parts = [(part, getattr(self, name)) for name, part in (("image", image), ("text", text)) if part]
-        x, wanted = [], []  # slots (B,S,D), and positions among them of those to predict (B,R)
+        visible, removed = [], []  # each (B,K,D) and (B,R,D)
         for part, way in parts:  # embed's bias and the mask token tell the modalities apart: type embeddings
-            position = self.patch_position if way.position is None else way.position[:, : valid.shape[1]]
+            position = self.patch_position if way.position is None else way.position
             first, seen = way.embed(part.encoded).tensor_split([-part.keep.shape[1]], dim=1)  # first: CLS
-            slots = way.mask_token.to(seen.dtype).expand(seen.shape[0], position.shape[1], -1)
-            x += [first, slots.scatter(1, part.keep.unsqueeze(-1).expand_as(seen), seen) + position]
-            wanted.append(part.gone + sum(slots.shape[1] for slots in x[:-1]))
-        x, wanted = torch.cat(x, dim=1), torch.cat(wanted, dim=1)
-        valid = F.pad(valid, (x.shape[1] - valid.shape[1], 0), value=True) if text else None
-        for block in self.blocks[:-1]:
-            x = block(x, valid)
-        x = self.norm(self.blocks[-1](x, valid, take(x, wanted)))  # of the last block only what is asked for
-        rows = x.split([part.gone.shape[1] for part, _ in parts], dim=1)
+            visible += [first, seen + take(position, part.keep)]
+            removed += [way.mask_token + take(position, part.gone)]
+        x, wanted = torch.cat(visible, dim=1), torch.cat(removed, dim=1)
+        valid = [part.seen for part, _ in parts] + [part.asked for part, _ in parts if self.joint]
+        valid = torch.cat(valid, dim=1) if text else None  # patches are never padding
+        if self.joint:
+            count, x = x.shape[1], torch.cat([x, wanted], dim=1)
+            for block in self.blocks[:-1]:
+                x = block(x, valid)
+            wanted = x[:, count:]  # of the last block only what is asked for
+        for block in self.blocks[-1:] if self.joint else self.blocks:
+            wanted = block(x, valid, wanted)
+        rows = self.norm(wanted).split([part.gone.shape[1] for part, _ in parts], dim=1)
         for (part, way), x in zip(parts, rows, strict=True):
             part.predicted = way.head(x)
 
@@ -349,7 +357,10 @@ def gather(x):
     return (all_gather or collectives.all_gather_tensor_autograd)(x.contiguous(), 0, dist.group.WORLD)
 
 def masked_mean(error, mask):
-    """Mean over all ranks of error where mask is True -> 0-d; 0 with zero gradient where it never is."""
+    """Mean over all ranks of error where mask is True -> 0-d; 0 with zero gradient where it never is. Without
+    a mask: error, of which --accumulate takes the mean when it has it of all the batch."""
+    if mask is None:
+        return error
     total, count = error.where(mask, 0).sum().view(1), mask.sum().view(1)
     return gather(total).sum() / gather(count.to(total.dtype)).sum().clamp(min=1)
 
@@ -357,7 +368,7 @@ def wide(x):
     """float32 at least: logits, softmax and pixel statistics are never taken in half precision."""
     return x if x.dtype == torch.float64 else x.float()
 
-def contrastive_loss(image_features, text_features, scale):
+def contrastive_loss(image_features, text_features, scale=1.0):
     """Symmetric InfoNCE (CLIP), mean of both directions: image_features, text_features (B,E) of unit norm,
     scale the factor on the cosine (float or 0-d) -> 0-d. A rank computes its own rows against all columns."""
     with torch.autocast(image_features.device.type, enabled=False):
@@ -382,9 +393,9 @@ def image_loss(prediction, patches, mask, normalise=True):
 def text_loss(logits, tokens, mask):
     """Cross-entropy of the removed tokens: logits (...,V), tokens (...), mask (...) -> 0-d."""
     error = F.cross_entropy(wide(logits).flatten(0, -2), tokens.flatten(), reduction="none")
-    return masked_mean(error, mask.flatten())
+    return masked_mean(error.view(tokens.shape), mask)
 
-def simclr_loss(a, b, temperature):
+def simclr_loss(a, b, temperature=0.1):
     """NT-Xent (SimCLR): each of 2G views (a, b (B,E), normalised here) must find its other one -> 0-d."""
     with torch.autocast(a.device.type, enabled=False):
         a, b = F.normalize(wide(a), dim=-1), F.normalize(wide(b), dim=-1)
@@ -429,6 +440,9 @@ class MAECLIP(nn.Module):
             hidden = [x for i in (D, 4 * D) for x in (nn.Linear(i, 4 * D), nn.LayerNorm(4 * D), nn.GELU())]
             self.simclr_head = nn.Sequential(*hidden, nn.Linear(4 * D, 256))
         self.initialise(seed)
+        for block in self.modules():
+            if config.grad_checkpoint and isinstance(block, Block):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if list(terms) == ["text"]:  # no loss looks at the patches
             for name, parameter in self.image_encoder.named_parameters():
                 parameter.requires_grad_(m3ae and not name.startswith(("patch_embed", "type_embed")))
@@ -467,10 +481,12 @@ class MAECLIP(nn.Module):
         -> image, text: Masked, or None for a modality without weight, which takes no part."""
         c, image, text = self.config, None, None
         if "image" in c.weights():
-            image = Masked(*random_mask(drawn(image_noise, images, self.patches), c.mask_ratio))
+            keep, mask = random_mask(drawn(image_noise, images, self.patches), c.mask_ratio)
+            image = Masked(keep, mask, seen=mask.new_ones(mask.shape[0], 1 + keep.shape[1]))  # with CLS
         if "text" in c.weights():
             noise = drawn(text_noise, images, tokens.shape[1])
-            text = Masked(*random_text_mask(noise, tokens, c.text_mask_ratio))
+            keep, mask = random_text_mask(noise, tokens, c.text_mask_ratio)
+            text = Masked(keep, mask, seen=keep <= caption_end(tokens))
         if c.method == "m3ae":  # one trunk over [CLS, visible patches, visible tokens]
             words = self.text_embed(tokens, text.keep) if text else ()
             x = self.image_encoder(images, image.keep if image else tokens[:, :0], *words)
@@ -482,31 +498,38 @@ class MAECLIP(nn.Module):
             if part:
                 part.encoded = x
         if image or text:
-            self.decoder(image, text, is_token(tokens))
+            self.decoder(image, text)
         return image, text
 
-    def forward(self, images, tokens, image_noise=None, text_noise=None, views=None):
+    def forward(self, images, tokens, image_noise=None, text_noise=None, views=None, parts=False):
         """images (B,3,H,W) uint8 or normalised float, tokens (B,T), uniform noise (B,N) and (B,T) for the
         masks (None: drawn from torch's global generator), views: a pair of image batches, for slip ->
-        dict of 0-d tensors: the unweighted terms that apply, and `loss`, their weighted sum."""
-        c, weights, terms, images = self.config, self.config.weights(), {}, normalise(images)
+        dict of 0-d tensors: the unweighted terms that apply, and `loss`, their weighted sum. With `parts`
+        -> {term: the pair of tensors (B,...) that its loss is computed from}, for `losses`."""
+        c, weights, found, images = self.config, self.config.weights(), {}, normalise(images)
         image, text = self.masked_pass(images, tokens, image_noise, text_noise)
         if "contrastive" in weights:
             ratio = c.contrastive_mask_ratio
             keep = random_mask(drawn(image_noise, images, self.patches), ratio)[0] if ratio > 0 else None
             shared = image and 0 < ratio == c.mask_ratio  # then one masked pass serves both losses
             x = self.project_image(image.encoded if shared else self.image_encoder(images, keep))
-            terms["contrastive"] = contrastive_loss(x, self.encode_text(tokens), self.logit_scale.exp())
+            found["contrastive"] = self.logit_scale.exp() * x, self.encode_text(tokens)
         if image:
             target = take(patchify(images, c.patch_size), image.gone)
-            terms["image"] = image_loss(image.predicted, target, image.mask.gather(1, image.gone), c.norm_pix)
+            found["image"] = image_loss(image.predicted, target, None, c.norm_pix), image.asked
         if text:
-            target, asked = tokens.gather(1, text.gone), text.mask.gather(1, text.gone)
-            terms["text"] = text_loss(text.predicted, target, asked)
+            found["text"] = text_loss(text.predicted, tokens.gather(1, text.gone), None), text.asked
         if "simclr" in weights:
             x = pool(self.image_encoder(torch.cat(views)), c.pool)
-            terms["simclr"] = simclr_loss(*self.simclr_head(x).chunk(2), temperature=0.1)
-        return terms | {"loss": sum(weights[term] * terms[term] for term in weights)}
+            found["simclr"] = self.simclr_head(x).chunk(2)
+        return found if parts else self.losses(found)
+
+    def losses(self, found):
+        """forward's parts, of the whole batch of this rank -> its terms and `loss`, their weighted sum."""
+        losses = {"contrastive": contrastive_loss, "image": masked_mean, "text": masked_mean,
+                  "simclr": simclr_loss}
+        terms = {term: losses[term](*pair) for term, pair in found.items()}
+        return terms | {"loss": sum(w * terms[term] for term, w in self.config.weights().items())}
 
     @torch.no_grad()
     def reconstruct(self, images, tokens, image_noise=None, text_noise=None):
@@ -532,7 +555,7 @@ class MAECLIP(nn.Module):
 # === Training: optimiser, checkpoints, data, the loop, the command line ===================================
 # What may differ between a run and its continuation with --resume; all else must be the same.
 MAY_CHANGE = {"out", "resume", "device", "precision", "compile", "log_every", "save_every", "data",
-              "eval_data", "workers", "stop_after", "vocab_size"}
+              "eval_data", "workers", "stop_after", "vocab_size", "accumulate", "grad_checkpoint"}
 
 def learning_rate(step, config):
     """Linear warm-up to config.lr, then half a cosine down to 0 at config.steps."""
@@ -597,8 +620,7 @@ def checkpoints(out):
     return sorted(Path(out).glob("checkpoint-*.pt"), key=lambda path: -int(path.stem.split("-")[1]))
 
 def save_checkpoint(out, model, optimizer, step, config, loader, seconds):
-    """Writes all that a run goes on from, whole or not at all, and keeps the last two. All chance follows
-    from the seed and the step, so there is no random state to keep."""
+    """Writes all that a run goes on from, whole or not at all, and keeps the last two."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
              "seconds": seconds, "config": asdict(config), "data": loader.identity,
              "tokenizer": loader.tokenizer and loader.tokenizer.merges}
@@ -619,10 +641,7 @@ def load(path, device="cpu"):
     """A checkpoint's model in eval mode, its tokenizer (None where there were no captions) and its Config."""
     state = read_checkpoint(path, device)
     model = MAECLIP(state["config"]).to(device)
-    try:
-        model.load_state_dict(state["model"])
-    except (KeyError, RuntimeError):
-        raise DataError(f"{path}: its weights do not fit its configuration") from None
+    model.load_state_dict(state["model"])
     tokenizer = None if state["tokenizer"] is None else Tokenizer(state["tokenizer"])
     return model.eval(), tokenizer, state["config"]
 
@@ -637,25 +656,24 @@ def open_run(out, config):
     for path in checkpoints(out):
         try:
             state = read_checkpoint(path)
-            break
         except DataError as error:
             print(f"passed over: {error}", file=sys.stderr)
-    else:
-        if checkpoints(out):
-            raise DataError(f"{out}: none of its checkpoints is whole; remove it or give another --out")
-        return None
-    then, now = asdict(state["config"]), asdict(config)
-    names = sorted(set(now) - MAY_CHANGE - ({"steps"} if config.epochs else set()))
-    other = [f"--{name.replace('_', '-')} {then[name]}" for name in names if then[name] != now[name]]
-    if other:
-        raise DataError(f"{path}: was trained with {' '.join(other)}; give that, or another --out")
-    return state
+            continue
+        then, now = asdict(state["config"]), asdict(config)
+        names = sorted(set(now) - MAY_CHANGE - ({"steps"} if config.epochs else set()))
+        other = [f"--{name.replace('_', '-')} {then[name]}" for name in names if then[name] != now[name]]
+        if other:
+            raise DataError(f"{path}: was trained with {' '.join(other)}; give that, or another --out")
+        return state
+    if checkpoints(out):
+        raise DataError(f"{out}: none of its checkpoints is whole; remove it or give another --out")
 
 def open_data(config, state):
     """The training Loader with its tokenizer; settles config's data, eval_data, vocab_size and steps."""
     rank, world = ranks()
-    if config.batch_size % world:
-        raise DataError(f"--batch-size {config.batch_size}: must be a multiple of the {world} processes")
+    if config.batch_size % (world * config.accumulate):
+        raise DataError(f"--batch-size {config.batch_size}: must be a multiple of the {world} process(es) "
+                        f"times --accumulate {config.accumulate}")
     if not config.data:
         folder = builtin(config.scenes, config.data_seed)
         config.data, config.eval_data = f"{folder}/train-*.tar", config.eval_data or str(folder)
@@ -685,12 +703,36 @@ def inputs(config, step, batch, device):
     views = [simclr_view(images, view_noise[:, i]) for i in range(2 if "simclr" in config.weights() else 0)]
     return images, tokens, image_noise, text_noise, views
 
-def train_step(net, optimizer, autocast, batch):
+def backward(net, autocast, batch, pieces):
+    """Leaves the gradient of the whole batch's loss in the parameters -> the terms.
+
+    In pieces, with one of them in memory: a loss is a function of features and errors that are small
+    (GradCache, Gao et al. 2021). A first pass, without gradient, collects them; the losses give their
+    gradients; a second pass, over the same crops and masks, carries these back piece by piece."""
+    if pieces == 1:
+        with autocast:
+            terms = net(*batch)
+        terms["loss"].backward()
+        return terms
+    batches = [tree_map(lambda x, n=n: x.chunk(pieces)[n], batch) for n in range(pieces)]
+    with torch.no_grad(), autocast:
+        found = [net(*batch, parts=True) for batch in batches]
+    found = tree_map(lambda *x: torch.cat(x).requires_grad_(x[0].is_floating_point()), *found)
+    terms = getattr(net, "module", net).losses(found)
+    terms["loss"].backward()
+    for n, batch in enumerate(batches):  # gradients cross ranks once, with the last piece
+        apart = net.no_sync() if hasattr(net, "no_sync") and n < pieces - 1 else nullcontext()
+        with apart, autocast:
+            outputs = net(*batch, parts=True)
+        pairs = [(x, of.grad.chunk(pieces)[n]) for term in found for x, of in
+                 zip(outputs[term], found[term], strict=True) if of.requires_grad]
+        torch.autograd.backward(*zip(*pairs, strict=True))
+    return terms
+
+def train_step(net, optimizer, autocast, batch, pieces=1):
     """One step -> the terms, the gradient's norm and a 1, stacked, and whether all of it is finite, both on
     the device. A step that is not finite changes nothing, and nothing here waits for the device."""
-    with autocast:
-        terms = net(*batch)
-    terms["loss"].backward()
+    terms = backward(net, autocast, batch, pieces)
     norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     row = torch.stack([*(term.detach() for term in terms.values()), norm, torch.ones_like(norm)])
     finite = row.isfinite().all()
@@ -706,10 +748,7 @@ def announce(config, model, net, loader, device, autocast, step):
     batch = inputs(config, 0, Batch(images, tokens, ()), device)
     for _ in range(4):  # the first compiles and warms up
         began = time.time()
-        with autocast:
-            loss = net(*batch)["loss"]
-        loss.backward()
-        loss.item()  # waits for the device
+        backward(net, autocast, batch, config.accumulate)["loss"].item()  # waits for the device
     minutes, epochs = (config.steps - step) * (time.time() - began) / 60, config.steps / len(loader)
     net.zero_grad()
     loss = " + ".join(f"{weight:g} {term}" for term, weight in config.weights().items())
@@ -756,7 +795,8 @@ def train(config):
         optimizer.load_state_dict(state["optimizer"])
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if config.compile or (config.compile is None and device.type == "cuda"):  # small steps as CUDA graphs
-        net = torch.compile(net, mode="reduce-overhead" if config.width <= 256 and world == 1 else None)
+        small = config.width <= 256 and world == config.accumulate == 1
+        net = torch.compile(net, mode="reduce-overhead" if small else None)
     if rank == 0:
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
     announce(config, model, net, loader, device, autocast, step)
@@ -773,7 +813,8 @@ def train(config):
             waited += time.time() - fetching
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
-            row, finite = train_step(net, optimizer, autocast, inputs(config, step, batch, device))
+            batch = inputs(config, step, batch, device)
+            row, finite = train_step(net, optimizer, autocast, batch, config.accumulate)
             if "contrastive" in config.weights():
                 model.logit_scale.data.clamp_(0, math.log(100))  # as in CLIP
             rows, failed, step = [*rows, row], (failed + 1) * ~finite, step + 1
