@@ -263,7 +263,6 @@ class Tokenizer:
     """Byte-level byte-pair encoding (Sennrich et al. 2016), lossless on any bytes. Ids: PAD, SOT, EOT, bytes,
     the merges as they were learned; inside they are characters of a str: a merge is a replace."""
     pieces = re.compile(rb" ?(?:[A-Z]{1,63}|\d{1,63}|[\x80-\xff]{1,63}|[!-/:-@[-`{-~]{1,9})|\s{1,64}|.", re.I)
-
     def __init__(self, merges):
         """merges: pairs of ids, the n-th of which becomes id 259 + n."""
         self.merges, self.cache = [tuple(pair) for pair in merges], {}
@@ -272,7 +271,6 @@ class Tokenizer:
         for a, b in self.merges:
             self.bytes.append(self.bytes[a] + self.bytes[b])
         self.vocab_size = len(self.bytes)
-
     @classmethod
     def train(cls, texts, vocab_size):
         """Learns merges from texts (str or bytes) until there are vocab_size ids, or no pair occurs twice."""
@@ -307,7 +305,6 @@ class Tokenizer:
                 heappush(heap, (-pairs[each], each))
             merges.append(tuple(map(ord, pair)))
         return cls(merges)
-
     def encode(self, text):
         """str or bytes -> ids, without specials."""
         ids = []
@@ -322,19 +319,16 @@ class Tokenizer:
                 self.cache[piece] = list(map(ord, word))
             ids += self.cache[piece]
         return ids
-
     @classmethod
     def load(cls, path):
-        """Reads what `data.py tokenizer` wrote."""
+        """Reads what `data.py tokenizer` wrote; without a path None."""
         try:
-            return cls(json.loads(Path(path).read_text()))
+            return cls(json.loads(Path(path).read_text())) if path else None
         except (OSError, ValueError, TypeError, IndexError):
             raise DataError(f"{path}: not a tokenizer; make one with data.py tokenizer") from None
-
     def decode(self, ids):
         """ids -> bytes; specials vanish."""
         return b"".join(self.bytes[int(n)] for n in ids)
-
     def batch(self, texts, context):
         """texts -> (B, context) int64: SOT, ids, EOT, cut so that EOT stays, padded."""
         rows = np.full((len(texts), context), PAD, dtype=np.int64)
@@ -435,36 +429,37 @@ class Loader(IterableDataset):
             raise DataError(f"{source}: {self.samples} usable samples, a batch is {batch}; {self.report()}")
         digest = hashlib.sha256("\n".join(self.keys).encode("utf-8", "replace")).hexdigest()
         self.identity = {"sizes": [os.path.getsize(shard) for shard in self.shards], "keys": digest}
-
     def __len__(self):
         """Batches an epoch, the same on every rank."""
         if self.stream:
             raise DataError("how many samples a stream has is not known: give --steps, not --epochs")
         return self.samples // (self.batch_size * self.world)
-
+    def epochs(self, step):
+        """How often the data have been gone through after that step."""
+        return self.position / len(self.shards) if self.stream else step / len(self)
+    def about(self):
+        """What there is, in words."""
+        samples = "" if self.stream else f"{self.samples:,} samples, {len(self):,} batches an epoch, in "
+        return f"{samples}{len(self.shards)} {'streamed ' if self.stream else ''}shards"
     def skip(self, failed):
         """Counts what failed, (name, cause) each, and logs the first few."""
         for name, cause in failed:
             self.bad[cause] += 1
             if sum(self.bad.values()) <= 5:
                 tqdm.write(f"skipped: {name}: {cause}", file=sys.stderr)
-
     def report(self):
         """What was skipped, in a line; empty if nothing was."""
         causes = ", ".join(f"{n} x {cause}" for cause, n in self.bad.most_common())
         return causes and f"skipped: {causes}"
-
     def texts(self):
         """Yields captions for the tokenizer: all, or those of a stream's first 200,000 samples."""
         samples = read_samples(self.shards) if self.stream else map(self.sample, range(self.samples))
         for sample in islice(samples, 200_000 if self.stream else None):
             yield from captions(sample)
-
     def sample(self, n):
         """Sample n of the index, as raw bytes."""
         with open(self.shards[self.shard_of[n]], "rb", buffering=0) as file:
             return indexed(file, self.keys[n], self.rows[n].tolist())
-
     def local(self, steps):
         """Yields for each step, which count on from epoch to epoch, its raw samples with the seed of each
         one's chance, and what failed."""
@@ -475,7 +470,6 @@ class Loader(IterableDataset):
             first = (number * self.world + self.rank) * self.batch_size
             order = self.order[1][first : first + self.batch_size].tolist()
             yield [(self.sample(n), [self.seed, epoch, n]) for n in order], []
-
     def streamed(self, numbers):
         """The same of the shards with these numbers in a stream's endless sequence."""
         samples, failed, count = [], [], len(self.shards)
@@ -493,7 +487,6 @@ class Loader(IterableDataset):
                     if len(samples) == self.batch_size:
                         yield samples, failed
                         samples, failed = [], []
-
     def prepare(self, sample, rng):
         """A raw sample -> its key, a caption and its image (3,S,S); DataError where that does not decode."""
         (image, texts), size = usable(sample, self.captions), self.image_size
@@ -503,7 +496,6 @@ class Loader(IterableDataset):
         else:
             image = small_whole(image, size) if size <= 64 else preprocess(decode(image), size)
         return sample["__key__"], text, image
-
     def __iter__(self):
         """What a worker makes: images, tokens, keys, (name, cause) of what failed, and the position."""
         info, tokenizer = get_worker_info(), self.tokenizer or Tokenizer([])
@@ -519,7 +511,6 @@ class Loader(IterableDataset):
                 raise DataError(f"no image of a whole batch decodes: {failed[0][1]}")
             keys, texts, images = zip(*(made[n % len(made)] for n in range(self.batch_size)), strict=True)
             yield torch.stack(images), tokenizer.batch(texts, self.context), list(keys), failed, self.position
-
     def batches(self, start, stop=sys.maxsize):
         """Yields the Batches of steps start ... stop - 1, which count on from epoch to epoch; of a stream
         those of its shards start ... stop - 1."""
@@ -533,7 +524,6 @@ class Loader(IterableDataset):
             if lost > max(100, seen / 2):
                 raise DataError(f"most samples are of no use; {self.report()}")
             yield Batch(images, tokens, keys)
-
     def epoch(self, n, skip=0):
         """Yields this rank's batches of epoch n after the first `skip`, all of full size."""
         size = len(self.shards) if self.stream else len(self)

@@ -22,7 +22,6 @@ import signal
 import sys
 import time
 import zlib
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -32,11 +31,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed import _functional_collectives as collectives
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import Batch, DataError, Loader, Tokenizer, builtin, simclr_view
+from data import Batch, DataError, Loader, Tokenizer, builtin, one_line, simclr_view
 
 # --- Configuration: what is trained, and how --------------------------------------------------------------
 # Each method's loss terms; the loss is their sum, weighted by the flags --contrastive-weight and so on.
@@ -75,6 +73,8 @@ class Config:
     log_every: int = flag(50, "steps between lines of the log", low=1)
     save_every: int = flag(500, "steps between checkpoints", low=1)
     data: str = flag("", "shards: paths, globs, {000..123}, joined by ::; empty: the built-in scenes")
+    resample: bool = flag(False, "draw shards with replacement, without end, and read them in sequence")
+    tokenizer: str = flag("", "file that data.py tokenizer wrote; empty: learned from the captions")
     eval_data: str = flag("", "sets to evaluate on, joined by commas: captioned shards or labelled folders")
     scenes: int = flag(40_000, "built-in data: training images", low=100)
     data_seed: int = flag(0, "built-in data: seed, which also fixes the pairs never trained on", low=0)
@@ -101,7 +101,7 @@ class Config:
     context: int = flag(16, "tokens a caption, with SOT and EOT", low=3)
     vocab_size: int = flag(0, "asked of the tokenizer; 0: 512 for contexts of up to 32, else 32,768", low=0)
     embed: int = flag(64, "width of the joint embedding", low=1)
-    decoder: str = flag("joint", "cross: removed ones query the visible ones", choices=("joint", "cross"))
+    decoder: str = flag("joint", "self-attention over visible and removed ones", choices=("joint",))
     decoder_width: int = flag(64, "of the decoder", low=4)
     decoder_depth: int = flag(1, "blocks of the decoder", low=1)
     decoder_heads: int = flag(2, "attention heads of the decoder", low=1)
@@ -113,7 +113,6 @@ class Config:
     image_weight: float = flag(0.1, "weight of the image reconstruction", low=0)
     text_weight: float = flag(0.05, "weight of the text reconstruction", low=0)
     simclr_weight: float = flag(1.0, "weight of SimCLR's loss (SLIP: 1)", low=0)
-
     def __post_init__(self):
         """ValueError, of one line, for a value that does not fit."""
         for f in fields(self):
@@ -132,11 +131,9 @@ class Config:
         self.vocab_size = self.vocab_size or (512 if self.context <= 32 else 32_768)
         if not self.weights():
             raise ValueError(f"--method {self.method}: all weights of its loss are 0, so nothing would train")
-
     def weights(self):
         """The terms of the loss that are computed, with their weights: {term: weight above 0}."""
-        weights = {term: getattr(self, term + "_weight") for term in METHODS[self.method]}
-        return {term: weight for term, weight in weights.items() if weight > 0}
+        return {term: w for term in METHODS[self.method] if (w := getattr(self, term + "_weight")) > 0}
 
 # --- Patches, positions and masks -------------------------------------------------------------------------
 EOT = 2  # data.py's Tokenizer makes of a caption SOT (1), its tokens, EOT (2), padding (0)
@@ -212,7 +209,6 @@ class Block(nn.Module):
         self.attn, self.mlp = nn.Module(), nn.Module()
         self.attn.qkv, self.attn.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
     def forward(self, x, valid=None, query=None):
         """x (B,T,D), or of it only rows query (B,Q,D) -> that shape; valid (B,T): what may be attended to."""
         qkv, D, y = self.attn.qkv, x.shape[-1], self.norm1(x)
@@ -236,10 +232,8 @@ class ImageEncoder(nn.Module):
         self.patch_embed.proj = nn.Conv2d(3, width, config.patch_size, config.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("pos_embed", F.pad(sincos_2d(width, side, side), (0, 0, 1, 0)).unsqueeze(0))
-        self.type_embed = nn.Parameter(torch.zeros(1, 1, width)) if config.method == "m3ae" else None
         self.blocks = nn.ModuleList([Block(width, config.heads) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
-
     def forward(self, images, keep=None, words=None, valid=None):
         """images (B,3,H,W) uint8 or normalised float, keep (B,K) patches seen (None: all) -> (B,1+K,D) after
         the final norm, CLS first. m3ae adds words (B,T,D), embedded, `valid` or padding -> (B,1+K+T,D)."""
@@ -248,8 +242,6 @@ class ImageEncoder(nn.Module):
         if keep is not None:  # dropped before the projection, so that work follows the visible patches
             x, position = take(x, keep), take(position, keep)
         x = F.linear(x, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias) + position  # (B,K,D)
-        if self.type_embed is not None:
-            x = x + self.type_embed
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
         if words is not None:
@@ -264,7 +256,6 @@ class TextEmbedding(nn.Module):
         super().__init__()
         self.token = nn.Embedding(config.vocab_size, width)
         self.position = nn.Parameter(torch.zeros(1, config.context, width))
-
     def forward(self, tokens, keep=None):
         """tokens (B,T), keep (B,K) positions or None -> (B,T or K,D), and valid (B,T or K): no padding."""
         slots = torch.arange(tokens.shape[1], device=tokens.device) if keep is None else keep
@@ -278,7 +269,6 @@ class TextEncoder(nn.Module):
         width = config.text_width
         self.embed, self.norm = TextEmbedding(config, width), nn.LayerNorm(width, eps=1e-6)
         self.blocks = nn.ModuleList([Block(width, config.text_heads) for _ in range(config.text_depth)])
-
     def forward(self, tokens, keep=None, only=None):
         """tokens (B,T), keep (B,K) positions or None -> (B,T or K,D) after the final norm.
         only (B,Q): slots that are wanted; the last block then computes just those -> (B,Q,D)."""
@@ -299,8 +289,7 @@ class Masked:
         self.predicted = None  # (B,R,P*P*3) or (B,R,V), in the order of gone
 
 class Decoder(nn.Module):
-    """Predicts removed patches and tokens by self-attention over all of both (joint: MAE's and M3AE's form),
-    or by attention from the removed to the visible ones, which stay as they are (cross)."""
+    """Predicts removed patches and tokens by self-attention over all of both (MAE's and M3AE's decoder)."""
     def __init__(self, config):
         super().__init__()
         side, width = config.image_size // config.patch_size, config.decoder_width
@@ -314,8 +303,7 @@ class Decoder(nn.Module):
             self.add_module(name, way)
         self.register_buffer("patch_position", sincos_2d(width, side, side).unsqueeze(0), persistent=False)
         self.blocks = nn.ModuleList([Block(width, config.decoder_heads) for _ in range(config.decoder_depth)])
-        self.norm, self.joint = nn.LayerNorm(width, eps=1e-6), config.decoder == "joint"
-
+        self.norm = nn.LayerNorm(width, eps=1e-6)
     def forward(self, image, text):
         """image, text: Masked or None; sets what is predicted of each."""
         parts = [(part, getattr(self, name)) for name, part in (("image", image), ("text", text)) if part]
@@ -325,17 +313,13 @@ class Decoder(nn.Module):
             first, seen = way.embed(part.encoded).tensor_split([-part.keep.shape[1]], dim=1)  # first: CLS
             visible += [first, seen + take(position, part.keep)]
             removed += [way.mask_token + take(position, part.gone)]
-        x, wanted = torch.cat(visible, dim=1), torch.cat(removed, dim=1)
-        valid = [part.seen for part, _ in parts] + [part.asked for part, _ in parts if self.joint]
+        valid = [part.seen for part, _ in parts] + [part.asked for part, _ in parts]
         valid = torch.cat(valid, dim=1) if text else None  # patches are never padding
-        if self.joint:
-            count, x = x.shape[1], torch.cat([x, wanted], dim=1)
-            for block in self.blocks[:-1]:
-                x = block(x, valid)
-            wanted = x[:, count:]  # of the last block only what is asked for
-        for block in self.blocks[-1:] if self.joint else self.blocks:
-            wanted = block(x, valid, wanted)
-        rows = self.norm(wanted).split([part.gone.shape[1] for part, _ in parts], dim=1)
+        x, counts = torch.cat(visible + removed, dim=1), [part.gone.shape[1] for part, _ in parts]
+        for block in self.blocks[:-1]:
+            x = block(x, valid)
+        x = self.norm(self.blocks[-1](x, valid, x[:, -sum(counts):]))  # of the last block what is asked for
+        rows = x.split(counts, dim=1)
         for (part, way), x in zip(parts, rows, strict=True):
             part.predicted = way.head(x)
 
@@ -408,10 +392,6 @@ def simclr_loss(a, b, temperature=0.1):
     return gather(loss.view(1)).mean()
 
 # --- The model --------------------------------------------------------------------------------------------
-def drawn(noise, images, count):
-    """noise, or where it is None (B,count) from torch's global generator."""
-    return torch.rand(images.shape[0], count, device=images.device) if noise is None else noise
-
 def pool(x, how):
     """Encoded tokens (B,1+K,D), CLS first -> image feature (B,D)."""
     if how == "cls":
@@ -445,8 +425,7 @@ class MAECLIP(nn.Module):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if list(terms) == ["text"]:  # no loss looks at the patches
             for name, parameter in self.image_encoder.named_parameters():
-                parameter.requires_grad_(m3ae and not name.startswith(("patch_embed", "type_embed")))
-
+                parameter.requires_grad_(m3ae and not name.startswith("patch_embed"))
     @torch.no_grad()
     def initialise(self, seed):
         """Draws the weights (Xavier for matrices, 0.02 for tokens, as MAE), each by the seed and its own
@@ -459,33 +438,33 @@ class MAECLIP(nn.Module):
                 nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-
+    def drawn(self, images, tokens, *noise):
+        """The masks' noise, (B,N) for patches and (B,T) for tokens; where None from torch's generator."""
+        sizes = (len(images), self.patches), tokens.shape
+        return [torch.rand(size, device=images.device) if x is None else x
+                for x, size in zip(noise, sizes, strict=True)]
     def project_image(self, x):
         """Encoded tokens (B,1+K,D) -> image features (B,E) float32 of unit norm."""
         x = pool(x, self.config.pool)
         return F.normalize(wide(self.image_proj(x) if hasattr(self, "image_proj") else x), dim=-1)
-
     def encode_image(self, images):
         """images (B,3,H,W), unmasked -> (B,E) of unit norm; (B,D) for mae and m3ae, without a projection."""
         return self.project_image(self.image_encoder(images))
-
     def encode_text(self, tokens):
         """tokens (B,T) -> (B,E) of unit norm, from EOT; ValueError for a method without text tower."""
         if not hasattr(self, "text_proj"):
             raise ValueError(f"method {self.config.method} has no text tower: use clip, mae_clip or slip")
         x = self.text_encoder(tokens, only=caption_end(tokens)).squeeze(1)
         return F.normalize(wide(self.text_proj(x)), dim=-1)
-
     def masked_pass(self, images, tokens, image_noise, text_noise):
-        """Removes patches and tokens, encodes what is left and predicts the rest; noise None is drawn.
+        """Removes patches and tokens, encodes what is left and predicts the rest
         -> image, text: Masked, or None for a modality without weight, which takes no part."""
         c, image, text = self.config, None, None
         if "image" in c.weights():
-            keep, mask = random_mask(drawn(image_noise, images, self.patches), c.mask_ratio)
+            keep, mask = random_mask(image_noise, c.mask_ratio)
             image = Masked(keep, mask, seen=mask.new_ones(mask.shape[0], 1 + keep.shape[1]))  # with CLS
         if "text" in c.weights():
-            noise = drawn(text_noise, images, tokens.shape[1])
-            keep, mask = random_text_mask(noise, tokens, c.text_mask_ratio)
+            keep, mask = random_text_mask(text_noise, tokens, c.text_mask_ratio)
             text = Masked(keep, mask, seen=keep <= caption_end(tokens))
         if c.method == "m3ae":  # one trunk over [CLS, visible patches, visible tokens]
             words = self.text_embed(tokens, text.keep) if text else ()
@@ -500,18 +479,14 @@ class MAECLIP(nn.Module):
         if image or text:
             self.decoder(image, text)
         return image, text
-
-    def forward(self, images, tokens, image_noise=None, text_noise=None, views=None, parts=False):
-        """images (B,3,H,W) uint8 or normalised float, tokens (B,T), uniform noise (B,N) and (B,T) for the
-        masks (None: drawn from torch's global generator), views: a pair of image batches, for slip ->
-        dict of 0-d tensors: the unweighted terms that apply, and `loss`, their weighted sum. With `parts`
-        -> {term: the pair of tensors (B,...) that its loss is computed from}, for `losses`."""
+    def parts(self, images, tokens, image_noise, text_noise, *views):
+        """What forward's losses are computed from -> {term: a pair of tensors, a row for each sample}."""
         c, weights, found, images = self.config, self.config.weights(), {}, normalise(images)
         image, text = self.masked_pass(images, tokens, image_noise, text_noise)
         if "contrastive" in weights:
             ratio = c.contrastive_mask_ratio
-            keep = random_mask(drawn(image_noise, images, self.patches), ratio)[0] if ratio > 0 else None
             shared = image and 0 < ratio == c.mask_ratio  # then one masked pass serves both losses
+            keep = random_mask(image_noise, ratio)[0] if ratio > 0 else None
             x = self.project_image(image.encoded if shared else self.image_encoder(images, keep))
             found["contrastive"] = self.logit_scale.exp() * x, self.encode_text(tokens)
         if image:
@@ -520,17 +495,22 @@ class MAECLIP(nn.Module):
         if text:
             found["text"] = text_loss(text.predicted, tokens.gather(1, text.gone), None), text.asked
         if "simclr" in weights:
-            x = pool(self.image_encoder(torch.cat(views)), c.pool)
-            found["simclr"] = self.simclr_head(x).chunk(2)
-        return found if parts else self.losses(found)
-
-    def losses(self, found):
-        """forward's parts, of the whole batch of this rank -> its terms and `loss`, their weighted sum."""
-        losses = {"contrastive": contrastive_loss, "image": masked_mean, "text": masked_mean,
-                  "simclr": simclr_loss}
-        terms = {term: losses[term](*pair) for term, pair in found.items()}
+            found["simclr"] = self.simclr_head(pool(self.image_encoder(torch.cat(views)), c.pool)).chunk(2)
+        return found
+    def forward(self, images, tokens, image_noise=None, text_noise=None, views=None):
+        """images (B,3,H,W) uint8 or normalised float, tokens (B,T), uniform noise (B,N) and (B,T) for the
+        masks (None: drawn from torch's global generator), views: a pair of image batches, for slip ->
+        dict of 0-d tensors: the unweighted terms that apply, and `loss`, their weighted sum."""
+        batch = images, tokens, *self.drawn(images, tokens, image_noise, text_noise), *(views or ())
+        pieces, parts = self.config.accumulate if torch.is_grad_enabled() else 1, self.parts
+        if pieces > 1:  # each is computed again in the backward pass, when its turn comes (as GradCache)
+            parts = partial(checkpoint, self.parts, use_reentrant=False)
+        found = [parts(*piece) for piece in zip(*(x.chunk(pieces) for x in batch), strict=True)]
+        terms, losses = {}, {"contrastive": contrastive_loss, "simclr": simclr_loss}
+        for term in found[0]:
+            pairs = zip(*(part[term] for part in found), strict=True)
+            terms[term] = losses.get(term, masked_mean)(*(torch.cat(rows) for rows in pairs))
         return terms | {"loss": sum(w * terms[term] for term, w in self.config.weights().items())}
-
     @torch.no_grad()
     def reconstruct(self, images, tokens, image_noise=None, text_noise=None):
         """What the decoder makes of a masked pair -> dict: `image` (B,N,P*P*3) in the loss's space (each
@@ -539,7 +519,8 @@ class MAECLIP(nn.Module):
         if not hasattr(self, "decoder"):
             raise ValueError(f"method {self.config.method} has no decoder: use mae, m3ae or mae_clip")
         c, images = self.config, normalise(images)
-        image, text = self.masked_pass(images, tokens, image_noise, text_noise)
+        noise = self.drawn(images, tokens, image_noise, text_noise)
+        image, text = self.masked_pass(images, tokens, *noise)
         patches = patch_targets(patchify(images, c.patch_size), c.norm_pix)
         out = {"image": patches, "image_mask": torch.zeros_like(patches[..., 0], dtype=torch.bool),
                "text": tokens, "text_mask": torch.zeros_like(tokens, dtype=torch.bool)}
@@ -554,8 +535,8 @@ class MAECLIP(nn.Module):
 
 # === Training: optimiser, checkpoints, data, the loop, the command line ===================================
 # What may differ between a run and its continuation with --resume; all else must be the same.
-MAY_CHANGE = {"out", "resume", "device", "precision", "compile", "log_every", "save_every", "data",
-              "eval_data", "workers", "stop_after", "vocab_size", "accumulate", "grad_checkpoint"}
+MAY_CHANGE = set("out resume device precision compile log_every save_every data eval_data workers stop_after "
+                 "tokenizer vocab_size accumulate grad_checkpoint".split())
 
 def learning_rate(step, config):
     """Linear warm-up to config.lr, then half a cosine down to 0 at config.steps."""
@@ -623,7 +604,7 @@ def save_checkpoint(out, model, optimizer, step, config, loader, seconds):
     """Writes all that a run goes on from, whole or not at all, and keeps the last two."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
              "seconds": seconds, "config": asdict(config), "data": loader.identity,
-             "tokenizer": loader.tokenizer and loader.tokenizer.merges}
+             "position": loader.position, "tokenizer": loader.tokenizer and loader.tokenizer.merges}
     torch.save(state, out / "checkpoint.part")
     (out / "checkpoint.part").replace(out / f"checkpoint-{step}.pt")
     for old in checkpoints(out)[2:]:
@@ -671,22 +652,24 @@ def open_run(out, config):
 def open_data(config, state):
     """The training Loader with its tokenizer; settles config's data, eval_data, vocab_size and steps."""
     rank, world = ranks()
-    if config.batch_size % (world * config.accumulate):
-        raise DataError(f"--batch-size {config.batch_size}: must be a multiple of the {world} process(es) "
-                        f"times --accumulate {config.accumulate}")
+    if config.batch_size % world:
+        raise DataError(f"--batch-size {config.batch_size}: must be a multiple of the {world} processes")
     if not config.data:
         folder = builtin(config.scenes, config.data_seed)
         config.data, config.eval_data = f"{folder}/train-*.tar", config.eval_data or str(folder)
     workers = (8 if torch.cuda.is_available() else 0) if config.workers < 0 else config.workers
     loader = Loader(config.data, config.batch_size // world, config.image_size, None, config.context,
-                    config.seed, rank, world, workers, config.crop, captions=config.method != "mae")
+                    config.seed, rank, world, workers, config.crop, config.method != "mae", config.resample)
     if config.epochs:
         config.steps = max(1, round(config.epochs * len(loader)))
     if state and loader.identity != state["data"]:
         raise DataError(f"--data {config.data}: not the samples that the checkpoint was trained on")
+    if state and loader.stream:
+        loader.position = state["position"]
+        print(f"resumed: the stream goes on at the next shard, number {loader.position:,} of its sequence")
     if config.method != "mae":
-        loader.tokenizer = (Tokenizer(state["tokenizer"]) if state
-                            else Tokenizer.train(loader.texts(), config.vocab_size))
+        known = Tokenizer(state["tokenizer"]) if state else Tokenizer.load(config.tokenizer)
+        loader.tokenizer = known or Tokenizer.train(loader.texts(), config.vocab_size)
         config.vocab_size = loader.tokenizer.vocab_size
     return loader
 
@@ -703,36 +686,12 @@ def inputs(config, step, batch, device):
     views = [simclr_view(images, view_noise[:, i]) for i in range(2 if "simclr" in config.weights() else 0)]
     return images, tokens, image_noise, text_noise, views
 
-def backward(net, autocast, batch, pieces):
-    """Leaves the gradient of the whole batch's loss in the parameters -> the terms.
-
-    In pieces, with one of them in memory: a loss is a function of features and errors that are small
-    (GradCache, Gao et al. 2021). A first pass, without gradient, collects them; the losses give their
-    gradients; a second pass, over the same crops and masks, carries these back piece by piece."""
-    if pieces == 1:
-        with autocast:
-            terms = net(*batch)
-        terms["loss"].backward()
-        return terms
-    batches = [tree_map(lambda x, n=n: x.chunk(pieces)[n], batch) for n in range(pieces)]
-    with torch.no_grad(), autocast:
-        found = [net(*batch, parts=True) for batch in batches]
-    found = tree_map(lambda *x: torch.cat(x).requires_grad_(x[0].is_floating_point()), *found)
-    terms = getattr(net, "module", net).losses(found)
-    terms["loss"].backward()
-    for n, batch in enumerate(batches):  # gradients cross ranks once, with the last piece
-        apart = net.no_sync() if hasattr(net, "no_sync") and n < pieces - 1 else nullcontext()
-        with apart, autocast:
-            outputs = net(*batch, parts=True)
-        pairs = [(x, of.grad.chunk(pieces)[n]) for term in found for x, of in
-                 zip(outputs[term], found[term], strict=True) if of.requires_grad]
-        torch.autograd.backward(*zip(*pairs, strict=True))
-    return terms
-
-def train_step(net, optimizer, autocast, batch, pieces=1):
+def train_step(net, optimizer, autocast, batch):
     """One step -> the terms, the gradient's norm and a 1, stacked, and whether all of it is finite, both on
     the device. A step that is not finite changes nothing, and nothing here waits for the device."""
-    terms = backward(net, autocast, batch, pieces)
+    with autocast:
+        terms = net(*batch)
+    terms["loss"].backward()
     norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     row = torch.stack([*(term.detach() for term in terms.values()), norm, torch.ones_like(norm)])
     finite = row.isfinite().all()
@@ -748,8 +707,11 @@ def announce(config, model, net, loader, device, autocast, step):
     batch = inputs(config, 0, Batch(images, tokens, ()), device)
     for _ in range(4):  # the first compiles and warms up
         began = time.time()
-        backward(net, autocast, batch, config.accumulate)["loss"].item()  # waits for the device
-    minutes, epochs = (config.steps - step) * (time.time() - began) / 60, config.steps / len(loader)
+        with autocast:
+            loss = net(*batch)["loss"]
+        loss.backward()
+        loss.item()  # waits for the device
+    minutes = (config.steps - step) * (time.time() - began) / 60
     net.zero_grad()
     loss = " + ".join(f"{weight:g} {term}" for term, weight in config.weights().items())
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
@@ -757,15 +719,15 @@ def announce(config, model, net, loader, device, autocast, step):
         print(f"method      {config.method}: {loss}",
               "parameters  " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
               f"device      {device}, {'bf16' if autocast._enabled else 'fp32'}, {ranks()[1]} process(es)",
-              f"data        {loader.samples:,} samples, {side} px",
-              f"schedule    {config.steps:,} steps of {config.batch_size} pairs: {epochs:.1f} epochs",
+              f"data        {loader.about()}, {side} px",
+              f"schedule    {config.steps:,} steps of {config.batch_size} pairs",
               f"expected    {minutes:.1f} minutes of training, by the time of one step here", sep="\n")
 
 def log_line(config, model, loader, step, rows, seconds, waited):
     """The log's record of the last steps, whose rows from train_step these are: means, and figures beside."""
     *sums, count = torch.stack(rows).sum(dim=0).tolist()  # waits for the device
-    record = {"step": step, "epoch": step / len(loader), "pairs": step * config.batch_size}
-    names = (*config.weights(), "loss", "grad_norm")
+    record = {"step": step, "epoch": loader.epochs(step), "pairs": step * config.batch_size}
+    names = *config.weights(), "loss", "grad_norm"
     record |= {name: x / max(count, 1) for name, x in zip(names, sums, strict=True)}
     if "contrastive" in record:  # beside the loss of a model that knows nothing
         record |= {"chance": math.log(config.batch_size), "scale": model.logit_scale.exp().item()}
@@ -777,7 +739,6 @@ def log_line(config, model, loader, step, rows, seconds, waited):
 def train(config):
     """One run, from its first step or its newest checkpoint to its results; returns the exit code."""
     from eval import evaluate, format_results, open_sets  # here, since eval.py builds on this file
-
     device, autocast = pick_device(config)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -795,15 +756,15 @@ def train(config):
         optimizer.load_state_dict(state["optimizer"])
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if config.compile or (config.compile is None and device.type == "cuda"):  # small steps as CUDA graphs
-        small = config.width <= 256 and world == config.accumulate == 1
-        net = torch.compile(net, mode="reduce-overhead" if small else None)
+        net = torch.compile(net, mode="reduce-overhead" if config.width <= 256 and world == 1 else None)
     if rank == 0:
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
     announce(config, model, net, loader, device, autocast, step)
     last = min(config.steps, config.stop_after or config.steps)
     signals, rows, number, failed = [], [], 0, torch.zeros((), device=device)
     old = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
-    batches, began, since, waited = loader.batches(step), time.time() - seconds, time.time(), 0.0
+    batches = loader.batches(loader.position or step)
+    began, since, waited = time.time() - seconds, time.time(), 0.0
     bar = tqdm(total=config.steps, initial=step, disable=rank > 0 or None, dynamic_ncols=True,
                unit="pairs", unit_scale=config.batch_size)
     try:
@@ -813,8 +774,7 @@ def train(config):
             waited += time.time() - fetching
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
-            batch = inputs(config, step, batch, device)
-            row, finite = train_step(net, optimizer, autocast, batch, config.accumulate)
+            row, finite = train_step(net, optimizer, autocast, inputs(config, step, batch, device))
             if "contrastive" in config.weights():
                 model.logit_scale.data.clamp_(0, math.log(100))  # as in CLIP
             rows, failed, step = [*rows, row], (failed + 1) * ~finite, step + 1
@@ -868,9 +828,8 @@ def parse(argv=None):
     for f in fields(Config):
         if f.name in groups:
             group = parser.add_argument_group(groups[f.name])
-        kind = {"type": f.type, "choices": f.metadata["choices"]}
-        if f.type in (bool, bool | None):
-            kind = {"action": argparse.BooleanOptionalAction}
+        switch = {"action": argparse.BooleanOptionalAction} if f.type in (bool, bool | None) else None
+        kind = switch or {"type": f.type, "choices": f.metadata["choices"]}
         group.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"], **kind)
     given = vars(parser.parse_args(argv))
     return Config(**SCALES[given.get("scale", Config.scale)] | given)
@@ -882,8 +841,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError) as error:
-        line = (str(error).strip() or repr(error)).splitlines()[-1]  # of a worker's traceback the last
-        print(f"mae_clip.py: error: {line}", file=sys.stderr)
+        print(f"mae_clip.py: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":

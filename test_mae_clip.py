@@ -454,37 +454,35 @@ def test_base_and_large_have_the_sizes_of_vit_b_16_and_vit_l_16_and_work_follows
     for name, method, changes in (
         ("clip", "clip", {}), ("mae", "mae", {}), ("two", "mae_clip", {}),
         ("one", "mae_clip", {"contrastive_mask_ratio": 0.75}),
-        ("two cross", "mae_clip", {"decoder": "cross"}),
-        ("one cross", "mae_clip", {"decoder": "cross", "contrastive_mask_ratio": 0.75}),
     ):
         with FakeTensorMode(), FlopCounterMode(display=False) as counter:
             model = fake(Config(**SCALES["base"], method=method, **changes))
             tokens = torch.zeros(1, 77, dtype=torch.int64)
             model(torch.zeros(1, 3, 224, 224), tokens, torch.rand(1, 196), torch.rand(1, 77))
         flops[name] = counter.get_total_flops()
-    limits = {"two": 1.70, "one": 0.85, "mae": 0.48, "two cross": 1.55, "one cross": 0.69}
+    limits = {"two": 1.70, "one": 0.85, "mae": 0.48}
     assert all(flops[name] <= limit * flops["clip"] for name, limit in limits.items()), flops
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_runs_on_fake_tensors_so_nothing_in_it_waits_for_the_device(method):
     with FakeTensorMode():
-        model = fake(Config(**SCALES["tiny"], method=method))
-        optimizer = mae_clip.make_optimizer(model, model.config)
         batch = [torch.zeros(6, 3, 32, 32), torch.zeros(6, 16).long(), torch.rand(6, 16), torch.rand(6, 16)]
         for pieces in (1, 2):
-            batch[4:] = [(batch[0], batch[0])]
-            mae_clip.train_step(model, optimizer, OFF, batch, pieces)
+            model = fake(Config(**SCALES["tiny"], method=method, accumulate=pieces))
+            optimizer = mae_clip.make_optimizer(model, model.config)
+            mae_clip.train_step(model, optimizer, OFF, [*batch, (batch[0], batch[0])])
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("changes", [{}, {"contrastive_mask_ratio": 0.75, "decoder": "cross"}])
+@pytest.mark.parametrize("changes", [{}, {"contrastive_mask_ratio": 0.75, "grad_checkpoint": True}])
 def test_accumulated_pieces_give_the_gradient_of_the_whole_batch(method, changes):
     for dtype, pieces, limit in ((torch.float32, 2, 1e-6), (torch.float64, 4, 1e-10)):
         images, *rest, views = example(8)
         batch = mae_clip.normalise(images).to(dtype), *rest, [mae_clip.normalise(v).to(dtype) for v in views]
         found = []
         for count in (1, pieces):
-            model = tiny(method, **changes).to(dtype)
-            terms = mae_clip.backward(model, OFF, batch, count)
+            model = tiny(method, accumulate=count, **changes).to(dtype)
+            terms = model(*batch)
+            terms["loss"].backward()
             found.append((terms, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
         (terms, want), (same, got) = found
         assert all(same[name].item() == pytest.approx(terms[name].item(), rel=limit) for name in terms)
@@ -494,17 +492,17 @@ def test_accumulated_pieces_give_the_gradient_of_the_whole_batch(method, changes
         if "logit_scale" in want:
             assert (got["logit_scale"] - want["logit_scale"]).abs() <= limit * want["logit_scale"].abs()
 
-def test_checkpointed_blocks_give_the_same_gradients_and_save_less():
+def test_checkpointed_blocks_and_pieces_give_the_same_gradients_and_save_less():
     found = []
-    for again in (False, True):
-        model, saved = tiny(depth=4, grad_checkpoint=again), []
+    for again in ({}, {"grad_checkpoint": True}, {"accumulate": 3}):
+        model, saved = tiny(depth=4, **again), []
         count = lambda x, n=saved: n.append(x.nbytes) or x  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
             loss = model(*example())["loss"]
         kept = sum(saved)
         loss.backward()
         found.append((kept, [p.grad for p in model.parameters() if p.grad is not None]))
-    assert found[1][0] < 0.5 * found[0][0]
+    assert max(found[1][0], found[2][0]) < 0.5 * found[0][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
 
 # --- Across ranks ------------------------------------------------------------------------------------------
@@ -516,11 +514,12 @@ def one_rank(rank, world, port, folder):
     result = {}
     for method in METHODS:
         for pieces in (1, 2):
-            model = torch.nn.parallel.DistributedDataParallel(tiny(method))
+            model = torch.nn.parallel.DistributedDataParallel(tiny(method, accumulate=pieces))
             *rows, views = example(8)
             mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
             batch = [*(x[mine] for x in rows), [v[mine] for v in views]]
-            terms = mae_clip.backward(model, OFF, batch, pieces)
+            terms = model(*batch)
+            terms["loss"].backward()
             gradients = {n: p.grad for n, p in model.module.named_parameters() if p.grad is not None}
             with torch.no_grad():
                 if rank == 0:
@@ -535,7 +534,8 @@ def test_two_gloo_ranks_give_the_losses_and_gradients_of_one_process_in_pieces_t
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for method, pieces in ranks[0]:
         model = tiny(method)
-        whole = mae_clip.backward(model, OFF, example(8), 1)
+        whole = model(*example(8))
+        whole["loss"].backward()
         for terms, gradients in (rank[method, pieces] for rank in ranks):
             for name, term in terms.items():
                 assert term.item() == pytest.approx(whole[name].item(), rel=1e-6), (method, name)
@@ -544,7 +544,7 @@ def test_two_gloo_ranks_give_the_losses_and_gradients_of_one_process_in_pieces_t
                 torch.cat(x).norm()
                 for x in zip(*(((a - b).flatten(), b.flatten()) for a, b in pairs), strict=True)
             )
-            assert error < 2e-6 * norm, (method, pieces, error / norm)
+            assert error < 1e-6 * norm, (method, pieces, error / norm)
             for a, b in pairs:
                 assert (a - b).norm() < 1e-5 * (b.norm() + 1e-6), (method, pieces)
 
@@ -1219,7 +1219,7 @@ def test_nothing_is_overwritten_and_another_run_is_not_resumed(tmp_path):
     (("--patch-size", "7"), "--patch-size"), (("--data", "nowhere-*.tar"), "nowhere-*.tar"),
     (("--device", "cuda:7"), "--device"), (("--out", "/proc/no/run"), "/proc/no"),
     (("--batch-size", "500"), "400 usable samples"), (("--scale", "huge"), "--scale"),
-    (("--tokenizer", "none.json"), "none.json"), (("--accumulate", "3"), "--accumulate 3"),
+    (("--tokenizer", "none.json"), "none.json"), (("--accumulate", "0"), "--accumulate 0"),
 ])
 def test_bad_input_gets_one_line_that_names_it_and_exit_code_2(arguments, says, tmp_path):
     out = () if "--out" in arguments else ("--out", tmp_path / "run")
