@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 PAD, SOT, EOT = 0, 1, 2
-PIPE_SECONDS = 60  # a command that sends nothing for so long has failed
+PIPE_SECONDS, PIPE_BYTES = 60, 1 << 32  # a command that is silent for so long, or sends so much, has failed
 
 class DataError(ValueError):
     """What the user gave does not work; the message is one line that says what, and what to do."""
@@ -59,7 +59,8 @@ def cache_folder():
 
 def in_parallel(function, jobs, label):
     """function(job) of each job, in order, from worker processes, with a progress bar -> iterable."""
-    load = DataLoader(jobs, None, num_workers=min(len(jobs), os.cpu_count()), collate_fn=function,
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    load = DataLoader(jobs, None, num_workers=min(len(jobs), cores), collate_fn=function,
                       worker_init_fn=be_quiet)
     return tqdm(load, label, leave=False, disable=None)
 
@@ -98,14 +99,17 @@ def opened(shard):
     with subprocess.Popen(shard.removeprefix("pipe:"), bufsize=0, shell=True, start_new_session=True,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
-            while select.select([process.stdout], [], [], PIPE_SECONDS)[0]:
+            while content.tell() < PIPE_BYTES and select.select([process.stdout], [], [], PIPE_SECONDS)[0]:
                 if chunk := process.stdout.read(1 << 20):
                     content.write(chunk)
-                elif code := process.wait():
+                elif code := process.wait(PIPE_SECONDS):
                     raise DataError(f"{shown(shard)}: its command ended with exit code {code}")
                 else:
                     return content
-            raise DataError(f"{shown(shard)}: its command sent nothing for {PIPE_SECONDS} s")
+            raise subprocess.TimeoutExpired(shard, PIPE_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise DataError(f"{shown(shard)}: its command did not end after {content.tell():,} bytes; it may "
+                            f"send at most {PIPE_BYTES:,}, and be silent for {PIPE_SECONDS} s") from None
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -120,6 +124,8 @@ def grouped(file):
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 tar.members = []  # where tarfile would keep them all
+                if not 0 <= info.size < 1 << 40 or info.issparse():
+                    raise tarfile.ReadError
                 match = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", info.name)
                 if not info.isreg() or not match or re.match(r"__[^/]*__($|/)", info.name):
                     continue
@@ -128,9 +134,10 @@ def grouped(file):
                     sample = {}
                 sample = {"__key__": match[1], match[2].lower(): (info.offset_data, info.size)} | sample
                 bad = None
-            if read(file, tar.offset, 512) != bytes(512):  # a damaged header or none, for tarfile the end
+            rest = read(file, tar.offset, 1 << 20)
+            if len(rest) < 512 or rest.strip(b"\0"):  # a damaged header, or none: for tarfile the end
                 bad = "tar breaks off"
-    except (tarfile.TarError, OverflowError):  # the last sample may lack a field
+    except (tarfile.TarError, OverflowError, ValueError):  # the last sample may lack a field
         sample, bad = {}, "tar breaks off, or is compressed"
     if sample:
         yield sample
@@ -167,8 +174,8 @@ def captions(sample):
             text = json.loads(text)["caption"]
         except (ValueError, KeyError, TypeError, RecursionError):
             return []
-    lines = text if isinstance(text, list) else str(text or "").splitlines()
-    return [str(line).strip() for line in lines if str(line).strip()]
+    lines = text if isinstance(text, list) else text.splitlines() if isinstance(text, str) else []
+    return [line.strip() for line in lines if isinstance(line, str) and line.strip()]
 
 def image_of(sample):
     """A sample's image, or None."""
@@ -187,7 +194,7 @@ def captioned(source):
         try:
             yield sample["__key__"], *usable(sample)
         except DataError as error:
-            raise DataError(f"{source}: {sample['__key__']}: {error}") from None
+            raise DataError(f"{sample['__key__']}: {error}; in a test set every image needs one") from None
 
 def labelled(folder, split):
     """Yields (key, image bytes, label) of a split of a folder in CLIP_benchmark's layout."""
@@ -245,7 +252,10 @@ def random_crop(data, size, least, rng):
     """Image bytes -> uint8 (3,S,S): a random box, of `least` to 1 of the area and sides from 3:4 to 4:3 as
     far as these fit, resized. A JPEG is decoded no finer than the box needs."""
     image = open_image(data)
-    width, height = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # as it is upright
+    if image.format != "JPEG":  # the only one that can be decoded at less than its full size
+        image = decode(image)
+    turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+    width, height = image.size[::-1] if turned else image.size
     area, ratio = width * height * rng.uniform(least, 1), (4 / 3) ** rng.uniform(-1, 1)
     w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
     left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
@@ -378,8 +388,9 @@ def index_shard(job):
     about = os.stat(path)
     name = os.fsencode(f"4 {os.path.abspath(path)} {about.st_size} {about.st_mtime_ns} {need}")
     cache = cache_folder() / "index" / f"{hashlib.sha256(name).hexdigest()[:32]}.json"
-    with suppress(OSError, ValueError):
-        return json.loads(cache.read_text())
+    with suppress(OSError, ValueError, TypeError):
+        keys, rows, bad = json.loads(cache.read_text())
+        return keys, rows, bad
     with open(path, "rb") as file:
         found = index(file, need)
     with suppress(OSError):  # a cache that cannot be written costs time only
@@ -446,7 +457,7 @@ class Loader(IterableDataset):
         for name, cause in failed:
             self.bad[cause] += 1
             if sum(self.bad.values()) <= 5:
-                tqdm.write(f"skipped: {name}: {cause}", file=sys.stderr)
+                tqdm.write(f"skipped: {ascii(name)[1:-1]}: {cause}", file=sys.stderr)
     def report(self):
         """What was skipped, in a line; empty if nothing was."""
         causes = ", ".join(f"{n} x {cause}" for cause, n in self.bad.most_common())
@@ -487,6 +498,7 @@ class Loader(IterableDataset):
                     if len(samples) == self.batch_size:
                         yield samples, failed
                         samples, failed = [], []
+        yield [], failed
     def prepare(self, sample, rng):
         """A raw sample -> its key, a caption and its image (3,S,S); DataError where that does not decode."""
         (image, texts), size = usable(sample, self.captions), self.image_size
@@ -494,7 +506,8 @@ class Loader(IterableDataset):
         if self.crop < 1:
             image = random_crop(image, size, self.crop, rng)
         else:
-            image = small_whole(image, size) if size <= 64 else preprocess(decode(image), size)
+            small = size <= 64 and len(image) < 1 << 13
+            image = small_whole(image, size) if small else preprocess(decode(image), size)
         return sample["__key__"], text, image
     def __iter__(self):
         """What a worker makes: images, tokens, keys, (name, cause) of what failed, and the position."""
@@ -507,8 +520,11 @@ class Loader(IterableDataset):
                     made.append(self.prepare(sample, np.random.default_rng(seed)))
                 except DataError as error:
                     failed.append((sample["__key__"], str(error)))
-            if not made:
+            if not made and samples:
                 raise DataError(f"no image of a whole batch decodes: {failed[0][1]}")
+            if not made:  # the rest of a stream, too few for a batch
+                yield None, None, [], failed, self.position
+                continue
             keys, texts, images = zip(*(made[n % len(made)] for n in range(self.batch_size)), strict=True)
             yield torch.stack(images), tokenizer.batch(texts, self.context), list(keys), failed, self.position
     def batches(self, start, stop=sys.maxsize):
@@ -523,7 +539,8 @@ class Loader(IterableDataset):
             lost, seen = lost + len(failed), seen + len(keys)
             if lost > max(100, seen / 2):
                 raise DataError(f"most samples are of no use; {self.report()}")
-            yield Batch(images, tokens, keys)
+            if keys:
+                yield Batch(images, tokens, keys)
     def epoch(self, n, skip=0):
         """Yields this rank's batches of epoch n after the first `skip`, all of full size."""
         size = len(self.shards) if self.stream else len(self)
@@ -575,8 +592,7 @@ def build(folder, texts, function, jobs, label):
         for path, text in texts.items():
             (part / path).write_text(text, encoding="utf-8")
         found = list(in_parallel(function, [(part / path, *job) for path, *job in jobs], label))
-        with suppress(OSError):  # where another process was faster
-            part.rename(folder)
+        part.rename(folder)
         return found
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -599,9 +615,12 @@ def listed(source, templates):
             fields = {"cls": str(label), "txt": "\n".join(texts)}
             rows |= {path: fields for path in sorted((source / name).rglob("*")) if path.is_file()}
         return rows, classes
-    with source.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        for row in filter(None, csv.reader(file, delimiter="\t" if source.suffix == ".tsv" else ",")):
+    form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if source.suffix == ".tsv" else {"strict": True}
+    try:
+        for row in filter(None, csv.reader(source.open(newline="", encoding="utf-8-sig"), **form)):
             rows[source.parent / row[0]] += [" ".join(text.split()) for text in row[1:] if text.strip()]
+    except (csv.Error, UnicodeError) as error:
+        raise DataError(f"{source}: row {len(rows) + 1} is no csv, in UTF-8: {error}") from None
     return {path: {"txt": "\n".join(texts)} for path, texts in rows.items()}, classes
 
 def pack_shard(job):
@@ -621,7 +640,7 @@ def pack_shard(job):
                 if not fields["txt"]:
                     raise DataError("no caption")
                 yield f"{number:08d}", {kind.replace("jpeg", "jpg"): content} | fields
-            except (DataError, OSError) as error:
+            except (ValueError, OSError) as error:
                 broken.append(f"{place}: {getattr(error, 'strerror', None) or error}")
     write_shard(path, samples())
     return broken
@@ -638,11 +657,14 @@ def pack(source, folder, size=0, templates="a photo of a {c}", test=0.0, shard=1
     for split, part in {"test": rows[:first], "train": rows[first:]}.items():
         shards |= {split: -(-len(part) // shard)} if part else {}
         jobs += [(f"{split}/{n // shard}.tar", part[n : n + shard], size) for n in range(0, len(part), shard)]
-    if not rows:
-        raise DataError(f"{source}: neither a table of paths and captions nor class folders of images")
+    if not rows or not 0 <= test <= 1 or min(size, seed) < 0 or shard < 1:
+        raise DataError(f"{source}: neither paths and captions nor class folders, or a flag out of range")
     texts = described(classes, templates.split("::"), shards)
     broken = sum(build(folder, texts, pack_shard, jobs, "packing"), [])
     print("".join(f"left out: {line}\n" for line in broken), end="", file=sys.stderr)
+    if len(broken) == len(rows):
+        shutil.rmtree(folder)
+        raise DataError(f"{source}: nothing in it can be used")
     print(f"{folder}: {len(rows) - len(broken)} samples in {len(jobs)} shards; {len(broken)} left out")
 
 def inspect_shard(shard):
@@ -669,7 +691,7 @@ def inspect(source, sheet="contact-sheet.png"):
     rows, bad, shots = (sum((each[n] for each in found), []) for n in range(3))
     print("".join(f"{line}\n" for line in bad), end="", file=sys.stderr)
     if not rows:
-        raise DataError(f"{source}: no usable sample")
+        raise DataError(f"{len(found)} shards: no usable sample")
     seconds = sum(each[3] for each in found)
     print(f"{len(found)} shards, {len(rows)} usable samples; one core decodes them in {seconds:.1f} s")
     widths, heights, texts = zip(*rows, strict=True)
@@ -779,15 +801,21 @@ def draw(folder, scenes=40_000, seed=0):
 def builtin(scenes, seed):
     """The folder of the built-in data in the cache; drawn where it is missing."""
     folder = cache_folder() / f"scenes-2-{scenes}-{seed}"
-    if not folder.exists():
-        draw(folder, scenes, seed)
+    try:
+        if not folder.exists():
+            draw(folder, scenes, seed)
+    except (DataError, OSError):  # if another process was faster, that is fine
+        if not folder.exists():
+            raise
     return folder
 
 # --- Command line -----------------------------------------------------------------------------------------
 def tokenizer(source, file, vocab_size=32_768):
     """Learns a tokenizer of at most --vocab-size ids from the captions of SOURCE and writes it to FILE."""
     texts = tqdm(Loader(source, 1, 1, None, 3).texts(), "captions", disable=None)
-    Path(f"{file}.part").write_text(json.dumps(Tokenizer.train(texts, vocab_size).merges))
+    if not (merges := Tokenizer.train(texts, vocab_size).merges):
+        raise DataError("no captions to learn from, or a vocabulary of bytes alone")
+    Path(f"{file}.part").write_text(json.dumps(merges))
     Path(f"{file}.part").replace(file)
 
 def main(argv=None):
@@ -807,7 +835,7 @@ def main(argv=None):
         sys.exit(globals()[given.pop("command")](**given))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (DataError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"data.py: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 

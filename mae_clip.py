@@ -80,7 +80,7 @@ class Config:
     data_seed: int = flag(0, "built-in data: seed, which also fixes the pairs never trained on", low=0)
     workers: int = flag(-1, "processes that decode; -1: none on a CPU, 8 for a GPU", low=-1)
     crop: float = flag(1.0, "least area of a random resized crop; 1: centre crop", low=0.01, high=1)
-    steps: int = flag(600, "optimiser steps", low=1)
+    steps: int = flag(500, "optimiser steps", low=1)
     epochs: float = flag(0.0, "passes over the data; above 0 it sets --steps", low=0)
     stop_after: int = flag(0, "save and stop after this many steps in all, schedule unchanged", low=0)
     batch_size: int = flag(256, "pairs a step, over all processes", low=2)
