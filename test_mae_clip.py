@@ -809,7 +809,8 @@ def test_a_truncated_tar_gives_its_whole_samples_and_the_loss_is_counted(tmp_pat
 def test_a_command_that_fails_or_hangs_stops_the_run_and_its_secrets_are_not_printed(tmp_path, monkeypatch):
     path = shards_of(tmp_path / "s", [4])[0]
     monkeypatch.setattr(data, "PIPE_SECONDS", 0.3)
-    for end, says in (("exit 7", "exit code 7"), ("sleep 60", "silent for 0.3 s"), ("exec >&-; sleep 60", "silent")):
+    ends = {"exit 7": "exit code 7", "sleep 60": "silent for 0.3 s", "exec >&-; sleep 60": "silent for 0.3 s"}
+    for end, says in ends.items():
         for workers in (0, 1):
             command = f"cat {path}; : token=abc http://me:word@host/x-000.tar?key=def; {end}"
             with pytest.raises(data.DataError, match=says) as error:
