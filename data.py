@@ -30,9 +30,9 @@ import time
 from collections import Counter, defaultdict, namedtuple
 from contextlib import suppress
 from functools import lru_cache
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from inspect import signature
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +74,8 @@ def expand(source):
     shards = []
     for text in source.split("::") if isinstance(source, str) else map(str, source):
         numbers = re.search(r"\{(\d+)\.\.(\d+)\}", text)
-        if numbers and int(numbers[1]) <= int(numbers[2]):
-            for n in range(int(numbers[1]), int(numbers[2]) + 1):
-                shards += expand(text.replace(numbers[0], str(n).zfill(len(numbers[1])), 1))
+        if counted := numbers and range(int(numbers[1]), int(numbers[2]) + 1):
+            shards += expand(text.replace(numbers[0], f"{n:0{len(numbers[1])}}", 1) for n in counted)
         elif text.startswith("pipe:") or os.path.isfile(text):
             shards.append(text)
         elif found := sorted(filter(os.path.isfile, glob.glob(text))):
@@ -168,13 +167,10 @@ def read_samples(source, strict=False):
 
 def captions(sample):
     """A sample's captions: the lines of its txt that are not empty, else the field `caption` of its json."""
-    text = sample.get("txt", sample.get("json", b"")).decode("utf-8-sig", "replace")
-    if "txt" not in sample:
-        try:
-            text = json.loads(text)["caption"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return []
-    lines = text if isinstance(text, list) else text.splitlines() if isinstance(text, str) else []
+    text, lines = sample.get("txt", sample.get("json", b"")).decode("utf-8-sig", "replace"), []
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):  # json of another shape
+        text = text if "txt" in sample else json.loads(text)["caption"]
+        lines = text if isinstance(text, list) else text.splitlines()
     return [line.strip() for line in lines if isinstance(line, str) and line.strip()]
 
 def image_of(sample):
@@ -214,11 +210,11 @@ def open_image(data):
     """Image bytes -> PIL image of which the header is read; DataError where that is no use."""
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "GIF", "BMP"))
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # it may be a decompression bomb
+            raise DataError
+        return image
     except Exception:  # Pillow raises nearly anything on damaged files
         raise DataError("image header unreadable, or image too large") from None
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # refused by its header, as a decompression bomb
-        raise DataError("image too large")
-    return image
 
 def decode(data, finer=1):
     """Image bytes, or what open_image made of them -> upright RGB image, of the first frame; or DataError.
@@ -264,8 +260,8 @@ def random_crop(data, size, least, rng):
     return cut(image, size, (left * x, top * y, (left + w) * x, (top + h) * y))
 
 @lru_cache(1 << 16)
-def small_whole(data, size):
-    """The test transform of a small image, which then stays decoded."""
+def whole(data, size):
+    """The test transform of image bytes, which then stay decoded; whole.__wrapped__ does not keep them."""
     return preprocess(decode(data), size)
 
 # --- Tokenizer --------------------------------------------------------------------------------------------
@@ -291,21 +287,18 @@ class Tokenizer:
         words = ["".join(chr(byte + 3) for byte in piece) for piece in pieces]
         pairs, where, merges, changed = Counter(), defaultdict(set), [], set()
         def count(n, times):
-            for pair in adjacent(words[n]):
+            for pair in map("".join, pairwise(words[n])):
                 pairs[pair] += times
                 where[pair].add(n)
                 changed.add(pair)
         for n in range(len(words)):
             count(n, counts[n])
         # The most frequent pair, the smallest ids first among equals; counts in the heap may be out of date.
-        heap = [(-number, pair) for pair, number in pairs.items()]
-        heapify(heap)
-        while heap and len(merges) < vocab_size - 259:
+        heap = sorted((-number, pair) for pair, number in pairs.items())
+        while heap and heap[0][0] < -1 and len(merges) < vocab_size - 259:
             number, pair = heappop(heap)
             if -number != pairs[pair]:
                 continue
-            if -number < 2:
-                break
             changed.clear()
             for n in where.pop(pair):
                 count(n, -counts[n])
@@ -321,7 +314,7 @@ class Tokenizer:
         for piece in self.pieces.findall(as_bytes(text)):
             if piece not in self.cache:
                 word = "".join(chr(byte + 3) for byte in piece)
-                while found := self.new.keys() & adjacent(word):
+                while found := self.new.keys() & map("".join, pairwise(word)):
                     pair = min(found, key=self.new.get)
                     word = word.replace(pair, chr(self.new[pair]))
                 if len(self.cache) > 200_000:
@@ -351,9 +344,6 @@ def as_bytes(text):
     """str -> its UTF-8 bytes; bytes stay."""
     return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
 
-def adjacent(word):
-    return [a + b for a, b in zip(word, word[1:], strict=False)]
-
 # --- Index and loader -------------------------------------------------------------------------------------
 def fault(file, at, size, least=2048):
     """What is wrong with the image that lies there in a shard, by its header and its end alone, or None."""
@@ -373,9 +363,7 @@ def index(file, need):
         image, field = image_of(sample) or (0, 0), "txt" if "txt" in sample else "json"
         text = sample.get(field, (0, 0)) if need else (0, 0)
         cause = sample.get("__bad__") or (fault(file, *image) if image[1] else "no image")
-        if need and not cause and not captions({field: read(file, *text)}):
-            cause = "no caption"
-        if cause:
+        if cause := cause or (need and not captions({field: read(file, *text)}) and "no caption"):
             bad.append((sample["__key__"], cause))
         else:
             keys.append(sample["__key__"])
@@ -384,8 +372,7 @@ def index(file, need):
 
 def index_shard(job):
     """The index of a local shard, kept in the cache folder; job: its path, are captions needed."""
-    path, need = job
-    about = os.stat(path)
+    (path, need), about = job, os.stat(job[0])
     name = os.fsencode(f"4 {os.path.abspath(path)} {about.st_size} {about.st_mtime_ns} {need}")
     cache = cache_folder() / "index" / f"{hashlib.sha256(name).hexdigest()[:32]}.json"
     with suppress(OSError, ValueError, TypeError):
@@ -402,9 +389,7 @@ def index_shard(job):
 
 def indexed(file, key, row):
     """A sample of an index, as raw bytes."""
-    at, size, text_at, text_size, is_json = row
-    text = read(file, text_at, text_size)
-    return {"__key__": key, "jpg": read(file, at, size), "json" if is_json else "txt": text}
+    return loaded(file, {"__key__": key, "jpg": row[:2], "json" if row[4] else "txt": row[2:4]})
 
 Batch = namedtuple("Batch", "images tokens keys")  # of one rank: uint8 (B,3,S,S), int64 (B,T), B names
 
@@ -464,13 +449,14 @@ class Loader(IterableDataset):
         return causes and f"skipped: {causes}"
     def texts(self):
         """Yields captions for the tokenizer: all, or those of a stream's first 200,000 samples."""
-        samples = read_samples(self.shards) if self.stream else map(self.sample, range(self.samples))
+        local = (self.sample(n, image=0) for n in range(self.samples or 0))
+        samples = read_samples(self.shards) if self.stream else local
         for sample in islice(samples, 200_000 if self.stream else None):
             yield from captions(sample)
-    def sample(self, n):
-        """Sample n of the index, as raw bytes."""
+    def sample(self, n, image=1):
+        """Sample n of the index, as raw bytes; with image 0 its caption alone."""
         with open(self.shards[self.shard_of[n]], "rb", buffering=0) as file:
-            return indexed(file, self.keys[n], self.rows[n].tolist())
+            return indexed(file, self.keys[n], (self.rows[n] * (1, image, 1, 1, 1)).tolist())
     def local(self, steps):
         """Yields for each step, which count on from epoch to epoch, its raw samples with the seed of each
         one's chance, and what failed."""
@@ -503,11 +489,8 @@ class Loader(IterableDataset):
         """A raw sample -> its key, a caption and its image (3,S,S); DataError where that does not decode."""
         (image, texts), size = usable(sample, self.captions), self.image_size
         text = texts[rng.integers(len(texts))]
-        if self.crop < 1:
-            image = random_crop(image, size, self.crop, rng)
-        else:
-            small = size <= 64 and len(image) < 1 << 13
-            image = small_whole(image, size) if small else preprocess(decode(image), size)
+        test = whole if size <= 64 and len(image) < 1 << 13 else whole.__wrapped__  # small ones stay decoded
+        image = random_crop(image, size, self.crop, rng) if self.crop < 1 else test(image, size)
         return sample["__key__"], text, image
     def __iter__(self):
         """What a worker makes: images, tokens, keys, (name, cause) of what failed, and the position."""
@@ -559,15 +542,14 @@ def simclr_view(images, noise, least=0.08):
     grid = F.affine_grid(affine, x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     # Brightness and saturation are one 3x3 matrix on colours.
-    jitter = (u[5] < 0.8).float()
-    bright, contrast, saturation = (1 + 0.4 * (2 * u[n] - 1) * jitter for n in (6, 7, 8))
-    saturation = torch.where(u[10] < 0.2, 0.0, saturation)
+    jitter = (u[5, :, None, None] < 0.8).float()
+    bright, contrast, saturation = (1 + 0.4 * (2 * u[n, :, None, None] - 1) * jitter for n in (6, 7, 8))
+    saturation = torch.where(u[10, :, None, None] < 0.2, 0.0, saturation)
     grey = torch.tensor([0.299, 0.587, 0.114], device=x.device).expand(3, 3)
-    bright, saturation = bright.view(-1, 1, 1), saturation.view(-1, 1, 1)
     colour = bright * (saturation * torch.eye(3, device=x.device) + (1 - saturation) * grey)
     x = torch.einsum("bij,bjhw->bihw", colour, x)
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
-    x = mean + contrast.view(-1, 1, 1, 1) * (x - mean)
+    x = mean + contrast[..., None] * (x - mean)
     return (x.clamp(0, 1) * 255).round().byte()
 
 # --- Making and inspecting shards -------------------------------------------------------------------------
@@ -611,8 +593,7 @@ def listed(source, templates):
     if source.is_dir():
         classes = sorted(path.name for path in source.iterdir() if path.is_dir())
         for label, name in enumerate(classes):
-            texts = [template.replace("{c}", name) for template in templates]
-            fields = {"cls": str(label), "txt": "\n".join(texts)}
+            fields = {"cls": str(label), "txt": "\n".join(text.replace("{c}", name) for text in templates)}
             rows |= {path: fields for path in sorted((source / name).rglob("*")) if path.is_file()}
         return rows, classes
     form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if source.suffix == ".tsv" else {"strict": True}
@@ -651,14 +632,14 @@ def pack(source, folder, size=0, templates="a photo of a {c}", test=0.0, shard=1
     by --templates (joined by `::`). --size: short side that larger images shrink to; --test: share of a test
     split; --shard: samples a shard; --seed: of their order."""
     rows, classes = listed(Path(source), templates.split("::"))
+    if not rows or not 0 <= test <= 1 or min(size, seed) < 0 or shard < 1:
+        raise DataError(f"{source}: neither paths and captions nor class folders, or a flag out of range")
     rows = [(n, *row) for n, row in enumerate(rows.items())]
     rows = [rows[n] for n in np.random.default_rng(seed).permutation(len(rows))]
     first, shards, jobs = round(test * len(rows)), {}, []
     for split, part in {"test": rows[:first], "train": rows[first:]}.items():
         shards |= {split: -(-len(part) // shard)} if part else {}
         jobs += [(f"{split}/{n // shard}.tar", part[n : n + shard], size) for n in range(0, len(part), shard)]
-    if not rows or not 0 <= test <= 1 or min(size, seed) < 0 or shard < 1:
-        raise DataError(f"{source}: neither paths and captions nor class folders, or a flag out of range")
     texts = described(classes, templates.split("::"), shards)
     broken = sum(build(folder, texts, pack_shard, jobs, "packing"), [])
     print("".join(f"left out: {line}\n" for line in broken), end="", file=sys.stderr)
@@ -733,10 +714,8 @@ def scene(rng, name, label, classes):
     count = label + 1 if name == "count" else 1 + two
     objects = [classes[n] for n in rng.permutation(len(classes))[:count]]
     quarters = rng.permutation(4)[:count]
-    if name == "objects":
-        objects = [CLASSES[label]]
-    if name == "position":
-        quarters = [label]
+    objects = [CLASSES[label]] if name == "objects" else objects
+    quarters = [label] if name == "position" else quarters
     if not two:
         colour, shape = objects[0].split()
         words = (f"{colour} {shape}", shape, f"{colour} shape")[max(0, int(8 * rng.random()) - 5)]
@@ -774,12 +753,12 @@ def unseen(seed):
 def draw_shard(job):
     """Draws one shard; job: path, kind, numbers of its scenes, seed."""
     path, kind, numbers, seed = job
-    name, shown = kind.split("-")[0], [each for n, each in enumerate(CLASSES) if n not in unseen(seed)]
+    name, classes = kind.split("-")[0], [each for n, each in enumerate(CLASSES) if n not in unseen(seed)]
     def samples():
         for number in numbers:
             rng = np.random.default_rng([seed, *kind.encode(), number])
             label = number % len(SETS[name][0]) if name in SETS else int(rng.integers(4))
-            objects, quarters, text = scene(rng, name, label, shown)
+            objects, quarters, text = scene(rng, name, label, classes)
             about = {"cls": str(label)} if name in SETS else {"txt": text}
             yield f"{kind}-{number:06d}", {"jpg": render(rng, objects, quarters)} | about
     write_shard(path, samples())
@@ -802,9 +781,8 @@ def builtin(scenes, seed):
     """The folder of the built-in data in the cache; drawn where it is missing."""
     folder = cache_folder() / f"scenes-2-{scenes}-{seed}"
     try:
-        if not folder.exists():
-            draw(folder, scenes, seed)
-    except (DataError, OSError):  # if another process was faster, that is fine
+        draw(folder, scenes, seed)
+    except (DataError, OSError):  # it is there already, or another process was faster
         if not folder.exists():
             raise
     return folder
@@ -825,11 +803,9 @@ def main(argv=None):
     for function in (pack, inspect, tokenizer, draw):
         command = commands.add_parser(function.__name__, description=function.__doc__)
         for name, given in signature(function).parameters.items():
-            if given.default is given.empty:
-                command.add_argument(name)
-            else:
-                flag = f"--{name.replace('_', '-')}"
-                command.add_argument(flag, type=type(given.default), default=given.default)
+            needed = given.default is given.empty  # then it is no flag
+            command.add_argument(name if needed else f"--{name.replace('_', '-')}", default=given.default,
+                                 type=str if needed else type(given.default))
     given = vars(parser.parse_args(argv))
     try:
         sys.exit(globals()[given.pop("command")](**given))

@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import sys
 import textwrap
 import time
@@ -377,7 +376,7 @@ def evaluate(model, tokenizer, eval_data, out=None):
             entry |= {"chance": {name: score.chance for name, score in scores.items()}}
             entry["n"] = max([len(score.values) for score in scores.values()], default=0)
             results[f"{task} {dataset.name}" if task in results else task] = entry
-            if out and task == "reconstruction":
+            if out and results.get("reconstruction") is entry:
                 draw_reconstructions(model, tokenizer, dataset, Path(out) / "reconstructions.png")
     model.train(training)
     return results
@@ -518,8 +517,10 @@ def benchmark(config, steps=10):
         mae_clip.train_step(net, optimizer, autocast, mae_clip.inputs(config, next(numbers), batch, device))
     first, *_ = timed(lambda: step(synthetic), 3)
     seconds = timed(lambda: step(synthetic), steps)
-    median, used = float(np.median(seconds)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    used = torch.cuda.max_memory_allocated(device) if cuda else used
+    median, used = float(np.median(seconds)), torch.cuda.max_memory_allocated(device) if cuda else None
+    if not cuda and sys.platform == "linux":
+        import resource  # which Windows lacks
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     side, dtype = 8192 if cuda else 2048, torch.bfloat16 if autocast._enabled else torch.float32
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     rates = 3e-12 * flops(config) * B / median, 2e-12 * side**3 / min(timed(lambda: matrix @ matrix, 9))
@@ -527,7 +528,7 @@ def benchmark(config, steps=10):
              "torch": torch.__version__, "threads": torch.get_num_threads(), "steps": steps,
              "batch": B, "pairs/s": B / median, "slowest": B / seconds.max(), "fastest": B / seconds.min(),
              "GFLOP a pair": flops(config) / 1e9, "TFLOP/s": rates[0], "matrix TFLOP/s": rates[1],
-             "share": rates[0] / rates[1], "memory GiB": used / 2**30, "compile s": first - median}
+             "share": rates[0] / rates[1], "memory GiB": used and used / 2**30, "compile s": first - median}
     if loader:
         batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
         for name, function in (("loader", lambda: next(batches)), ("fed", lambda: step(next(batches)))):
