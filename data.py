@@ -473,9 +473,10 @@ class Loader(IterableDataset):
         for number in numbers:
             rng = np.random.default_rng([self.seed, number if self.resample else number // count, self.rank])
             place = rng.integers(count) if self.resample else rng.permutation(count)[number % count]
-            self.position, name = number + 1, shown(self.shards[place])
-            with opened(self.shards[place]) as file:
-                keys, rows, lost = index(file, self.captions)
+            self.position, shard, need = number + 1, self.shards[place], self.captions
+            name, local = shown(shard), not shard.startswith("pipe:")
+            with opened(shard) as file:  # the index of a local shard is kept from one pass to the next
+                keys, rows, lost = index_shard((shard, need)) if local else index(file, need)
                 failed += [(f"{name} {key}", cause) for key, cause in lost]
                 if len(failed) > max(100, self.batch_size):
                     raise DataError(f"{name}: most samples are of no use: {failed[-1][1]}")
@@ -649,7 +650,7 @@ def pack(source, folder, size=0, templates="a photo of a {c}", test=0.0, shard=1
     print(f"{folder}: {len(rows) - len(broken)} samples in {len(jobs)} shards; {len(broken)} left out")
 
 def inspect_shard(shard):
-    """-> rows (width, height, captions) of what is good, lines on the rest, some pictures, seconds."""
+    """-> rows (width, height, captions' lengths) of what is good, lines on the rest, pictures, seconds."""
     rows, bad, shots, began = [], [], [], time.perf_counter()
     with opened(shard) as file:
         for sample in grouped(file):
@@ -658,7 +659,7 @@ def inspect_shard(shard):
                     raise DataError(sample["__bad__"])
                 content, texts = usable(sample := loaded(file, sample), "cls" not in sample)
                 image = decode(content)
-                rows.append((*image.size, texts))
+                rows.append((*image.size, [len(text) for text in texts]))
                 if len(shots) < 25:
                     shots.append((ImageOps.contain(image, (150, 150)), texts[0] or str(sample["cls"][:20])))
             except DataError as error:
@@ -675,9 +676,9 @@ def inspect(source, sheet="contact-sheet.png"):
         raise DataError(f"{len(found)} shards: no usable sample")
     seconds = sum(each[3] for each in found)
     print(f"{len(found)} shards, {len(rows)} usable samples; one core decodes them in {seconds:.1f} s")
-    widths, heights, texts = zip(*rows, strict=True)
-    for name, values in {"width": widths, "height": heights, "captions": [len(each) for each in texts],
-                         "letters": [len(text) for each in texts for text in each]}.items():
+    widths, heights, lengths = zip(*rows, strict=True)
+    for name, values in {"width": widths, "height": heights, "captions": [len(each) for each in lengths],
+                         "letters": [length for each in lengths for length in each]}.items():
         print(f"{name}: {min(values)} to {max(values)}, median {np.median(values):g}")
     causes = Counter(line.split(": ", 1)[1] for line in bad)
     print("bad samples:", ", ".join(f"{n} x {cause}" for cause, n in causes.items()) or "none")
@@ -753,7 +754,8 @@ def unseen(seed):
 def draw_shard(job):
     """Draws one shard; job: path, kind, numbers of its scenes, seed."""
     path, kind, numbers, seed = job
-    name, classes = kind.split("-")[0], [each for n, each in enumerate(CLASSES) if n not in unseen(seed)]
+    name, hidden = kind.split("-")[0], unseen(seed)
+    classes = [each for n, each in enumerate(CLASSES) if n not in hidden]
     def samples():
         for number in numbers:
             rng = np.random.default_rng([seed, *kind.encode(), number])

@@ -242,8 +242,7 @@ class ImageEncoder(nn.Module):
         if keep is not None:  # dropped before the projection, so that work follows the visible patches
             x, position = take(x, keep), take(position, keep)
         x = F.linear(x, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias) + position  # (B,K,D)
-        cls = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1), x], dim=1)
         if words is not None:
             x, valid = torch.cat([x, words], dim=1), F.pad(valid, (x.shape[1], 0), value=True)
         for block in self.blocks:
@@ -319,14 +318,12 @@ class Decoder(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x, valid)
         x = self.norm(self.blocks[-1](x, valid, x[:, -sum(counts):]))  # of the last block what is asked for
-        rows = x.split(counts, dim=1)
-        for (part, way), x in zip(parts, rows, strict=True):
-            part.predicted = way.head(x)
+        for (part, way), rows in zip(parts, x.split(counts, dim=1), strict=True):
+            part.predicted = way.head(rows)
 
 # --- Losses -----------------------------------------------------------------------------------------------
 # Under torch.distributed each is the global batch's on every rank, and its gradient is the mean over ranks of
 # the parameters' (what DDP computes). Without gradient nothing crosses ranks: one of them can evaluate alone.
-
 def ranks():
     """(rank of this process, number of processes) for a loss."""
     if dist.is_available() and dist.is_initialized() and torch.is_grad_enabled():
@@ -341,10 +338,7 @@ def gather(x):
     return (all_gather or collectives.all_gather_tensor_autograd)(x.contiguous(), 0, dist.group.WORLD)
 
 def masked_mean(error, mask):
-    """Mean over all ranks of error where mask is True -> 0-d; 0 with zero gradient where it never is. Without
-    a mask: error, of which --accumulate takes the mean when it has it of all the batch."""
-    if mask is None:
-        return error
+    """Mean over all ranks of error where mask is True -> 0-d; 0 with zero gradient where it never is."""
     total, count = error.where(mask, 0).sum().view(1), mask.sum().view(1)
     return gather(total).sum() / gather(count.to(total.dtype)).sum().clamp(min=1)
 
@@ -369,15 +363,21 @@ def patch_targets(patches, normalise=True):
     variance, mean = torch.var_mean(wide(patches), dim=-1, keepdim=True)
     return (wide(patches) - mean) / (variance + 1e-6).sqrt()
 
+def image_error(prediction, patches, normalise=True):
+    """Mean squared error of each patch (MAE): prediction, patches (...,P*P*3) -> (...)."""
+    return (wide(prediction) - patch_targets(patches, normalise)).square().mean(dim=-1)
+
 def image_loss(prediction, patches, mask, normalise=True):
-    """Mean squared error of the removed patches (MAE): prediction, patches (...,P*P*3), mask (...) -> 0-d."""
-    error = (wide(prediction) - patch_targets(patches, normalise)).square().mean(dim=-1)
-    return masked_mean(error, mask)
+    """image_error's mean over removed patches: prediction, patches (...,P*P*3), mask (...) -> 0-d."""
+    return masked_mean(image_error(prediction, patches, normalise), mask)
+
+def text_error(logits, tokens):
+    """Cross-entropy of each token: logits (...,V), tokens (...) -> (...)."""
+    return F.cross_entropy(wide(logits).flatten(0, -2), tokens.flatten(), reduction="none").view_as(tokens)
 
 def text_loss(logits, tokens, mask):
-    """Cross-entropy of the removed tokens: logits (...,V), tokens (...), mask (...) -> 0-d."""
-    error = F.cross_entropy(wide(logits).flatten(0, -2), tokens.flatten(), reduction="none")
-    return masked_mean(error.view(tokens.shape), mask)
+    """text_error's mean over removed tokens: logits (...,V), tokens (...), mask (...) -> 0-d."""
+    return masked_mean(text_error(logits, tokens), mask)
 
 def simclr_loss(a, b, temperature=0.1):
     """NT-Xent (SimCLR): each of 2G views (a, b (B,E), normalised here) must find its other one -> 0-d."""
@@ -491,9 +491,9 @@ class MAECLIP(nn.Module):
             found["contrastive"] = self.logit_scale.exp() * x, self.encode_text(tokens)
         if image:
             target = take(patchify(images, c.patch_size), image.gone)
-            found["image"] = image_loss(image.predicted, target, None, c.norm_pix), image.asked
+            found["image"] = image_error(image.predicted, target, c.norm_pix), image.asked
         if text:
-            found["text"] = text_loss(text.predicted, tokens.gather(1, text.gone), None), text.asked
+            found["text"] = text_error(text.predicted, tokens.gather(1, text.gone)), text.asked
         if "simclr" in weights:
             found["simclr"] = self.simclr_head(pool(self.image_encoder(torch.cat(views)), c.pool)).chunk(2)
         return found
@@ -506,10 +506,9 @@ class MAECLIP(nn.Module):
         if pieces > 1:  # each is computed again in the backward pass, when its turn comes (as GradCache)
             parts = partial(checkpoint, self.parts, use_reentrant=False)
         found = [parts(*piece) for piece in zip(*(x.chunk(pieces) for x in batch), strict=True)]
-        terms, losses = {}, {"contrastive": contrastive_loss, "simclr": simclr_loss}
-        for term in found[0]:
-            pairs = zip(*(part[term] for part in found), strict=True)
-            terms[term] = losses.get(term, masked_mean)(*(torch.cat(rows) for rows in pairs))
+        losses = {"contrastive": contrastive_loss, "simclr": simclr_loss}
+        whole = {term: map(torch.cat, zip(*(part[term] for part in found), strict=True)) for term in found[0]}
+        terms = {term: losses.get(term, masked_mean)(*pair) for term, pair in whole.items()}
         return terms | {"loss": sum(w * terms[term] for term, w in self.config.weights().items())}
     @torch.no_grad()
     def reconstruct(self, images, tokens, image_noise=None, text_noise=None):
@@ -519,8 +518,7 @@ class MAECLIP(nn.Module):
         if not hasattr(self, "decoder"):
             raise ValueError(f"method {self.config.method} has no decoder: use mae, m3ae or mae_clip")
         c, images = self.config, normalise(images)
-        noise = self.drawn(images, tokens, image_noise, text_noise)
-        image, text = self.masked_pass(images, tokens, *noise)
+        image, text = self.masked_pass(images, tokens, *self.drawn(images, tokens, image_noise, text_noise))
         patches = patch_targets(patchify(images, c.patch_size), c.norm_pix)
         out = {"image": patches, "image_mask": torch.zeros_like(patches[..., 0], dtype=torch.bool),
                "text": tokens, "text_mask": torch.zeros_like(tokens, dtype=torch.bool)}
@@ -622,7 +620,10 @@ def load(path, device="cpu"):
     """A checkpoint's model in eval mode, its tokenizer (None where there were no captions) and its Config."""
     state = read_checkpoint(path, device)
     model = MAECLIP(state["config"]).to(device)
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError):
+        raise DataError(f"{path}: its weights do not fit its configuration") from None
     tokenizer = None if state["tokenizer"] is None else Tokenizer(state["tokenizer"])
     return model.eval(), tokenizer, state["config"]
 
@@ -727,8 +728,8 @@ def log_line(config, model, loader, step, rows, seconds, waited):
     """The log's record of the last steps, whose rows from train_step these are: means, and figures beside."""
     *sums, count = torch.stack(rows).sum(dim=0).tolist()  # waits for the device
     record = {"step": step, "epoch": loader.epochs(step), "pairs": step * config.batch_size}
-    names = *config.weights(), "loss", "grad_norm"
-    record |= {name: x / max(count, 1) for name, x in zip(names, sums, strict=True)}
+    named = zip((*config.weights(), "loss", "grad_norm"), sums, strict=True)
+    record |= {name: x / max(count, 1) for name, x in named}
     if "contrastive" in record:  # beside the loss of a model that knows nothing
         record |= {"chance": math.log(config.batch_size), "scale": model.logit_scale.exp().item()}
     if rows[0].is_cuda:

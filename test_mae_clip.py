@@ -1053,6 +1053,8 @@ def test_what_eval_cannot_use_is_refused_in_one_line(trained, tmp_path, capsys):
     refused("text tower", "zero-shot", mae, "--data", folder)
     refused("bad.pt", "knn", bad, "--data", folder)
     refused("bad.pt", "zero-shot", clip, bad, "--labels", "a,b")
+    torch.save(torch.load(clip) | {"model": torch.load(mae)["model"]}, bad)
+    refused("do not fit", "knn", bad, "--data", folder)
     refused("1 ... 8", "knn", clip, "--data", folder)
     refused("caption", "retrieval", clip, "--data", shard)
     for file, content, says in (("classnames.txt", "a\nb", "0 ... 1"), ("test/nshards.txt", "2", "1.tar"),
