@@ -484,7 +484,8 @@ def flops(config):
     total = image(keep, words) if trunk else image(keep) * (keep > 0) + tower(words, W, c.text_depth)
     total += 2 * d * (seen * D + words * W + gone * P + lost * c.vocab_size)  # into and out of the decoder
     seen, gone = seen + words, gone + lost
-    total += tower(seen + gone, d, c.decoder_depth, gone)
+    joint, cross = tower(seen + gone, d, c.decoder_depth, gone), c.decoder_depth * block(seen, d, gone)
+    total += cross if c.decoder == "cross" else joint
     if "contrastive" in terms:  # two towers, projections, a row of the scores in both directions
         shared = keep and 0 < c.contrastive_mask_ratio == c.mask_ratio  # one masked pass serves both losses
         total += 0 if shared else image(max(1, mae_clip.kept(N, c.contrastive_mask_ratio)))

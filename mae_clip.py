@@ -1,9 +1,8 @@
 """MAE-CLIP in one file: contrastive language-image training with masked autoencoding, and its neighbours.
 
 The question is that of Weers et al., "Masked Autoencoding Does Not Help Natural Language Supervision at
-Scale" (CVPR 2023). One set of parts gives five methods, so that two differ in nothing but what is compared:
-clip (Radford et al. 2021), mae (He et al. 2021), m3ae (Geng et al. 2022), mae_clip and slip (Mu et al. 2021).
-Down to the end of the class MAECLIP stands the method; what follows trains it.
+Scale" (CVPR 2023). One set of parts gives clip (Radford et al. 2021), mae (He et al. 2021), m3ae (Geng et al.
+2022), mae_clip and slip (Mu et al. 2021). The method ends with the class MAECLIP; what follows trains it.
 
     python mae_clip.py --scale small                                  built-in data, minutes on a laptop
     python mae_clip.py --method clip --data 'pairs-{000..123}.tar'    your own shards
@@ -14,6 +13,7 @@ pairs of all ranks. In every mask True means removed.
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -38,10 +38,8 @@ from data import Batch, DataError, Loader, Tokenizer, builtin, one_line, simclr_
 
 # --- Configuration: what is trained, and how --------------------------------------------------------------
 # Each method's loss terms; the loss is their sum, weighted by the flags --contrastive-weight and so on.
-METHODS = {
-    "clip": ("contrastive",), "mae": ("image",), "m3ae": ("image", "text"),
-    "mae_clip": ("contrastive", "image", "text"), "slip": ("contrastive", "simclr"),
-}
+METHODS = {"clip": ("contrastive",), "mae": ("image",), "m3ae": ("image", "text"),
+           "mae_clip": ("contrastive", "image", "text"), "slip": ("contrastive", "simclr")}
 SIZES = ("image_size patch_size width depth heads text_width text_depth text_heads context embed "
          "decoder_width decoder_depth decoder_heads").split()
 SCALES = {
@@ -51,8 +49,7 @@ SCALES = {
     "base": dict(zip(SIZES, (224, 16, 768, 12, 12, 512, 12, 8, 77, 512, 512, 8, 16), strict=True),
                  batch_size=4096, steps=90_000, warmup=2000, optimizer="adamw", lr=1e-3, crop=0.5),
     "large": dict(zip(SIZES, (224, 16, 1024, 24, 16, 768, 12, 12, 77, 768, 512, 8, 16), strict=True),
-                  batch_size=4096, steps=90_000, warmup=2000, optimizer="adamw", lr=5e-4, crop=0.5),
-}
+                  batch_size=4096, steps=90_000, warmup=2000, optimizer="adamw", lr=5e-4, crop=0.5)}
 
 def flag(default, help, low=None, high=math.inf, choices=None):
     """A field of Config, with what its flag on the command line says and accepts."""
@@ -101,7 +98,7 @@ class Config:
     context: int = flag(16, "tokens a caption, with SOT and EOT", low=3)
     vocab_size: int = flag(0, "asked of the tokenizer; 0: 512 for contexts of up to 32, else 32,768", low=0)
     embed: int = flag(64, "width of the joint embedding", low=1)
-    decoder: str = flag("joint", "self-attention over visible and removed ones", choices=("joint",))
+    decoder: str = flag("joint", "attends to all, or to visible ones alone", choices=("joint", "cross"))
     decoder_width: int = flag(64, "of the decoder", low=4)
     decoder_depth: int = flag(1, "blocks of the decoder", low=1)
     decoder_heads: int = flag(2, "attention heads of the decoder", low=1)
@@ -117,11 +114,10 @@ class Config:
         """ValueError, of one line, for a value that does not fit."""
         for f in fields(self):
             name, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
-            low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
-            if choices and value not in choices:
-                raise ValueError(f"{name} {value}: must be one of {', '.join(choices)}")
-            if low is not None and not low <= value <= high:
-                raise ValueError(f"{name} {value}: must be from {low} to {high}")
+            _, low, high, choices = f.metadata.values()
+            if value not in choices if choices else low is not None and not low <= value <= high:
+                allowed = f"one of {', '.join(choices)}" if choices else f"from {low} to {high}"
+                raise ValueError(f"{name} {value}: must be {allowed}")
         if self.image_size % self.patch_size:
             raise ValueError(f"--patch-size {self.patch_size}: must divide --image-size {self.image_size}")
         for tower in ("", "text-", "decoder-"):
@@ -178,9 +174,8 @@ def random_mask(noise, ratio):
     return keep, torch.ones_like(noise, dtype=torch.bool).scatter(1, keep, False)
 
 def random_text_mask(noise, tokens, ratio):
-    """Which tokens stay. Every caption gets the same number of slots, whatever its length: shapes are static.
-    noise, tokens (B,T) -> keep (B,K): positions of SOT, EOT, the kept tokens, then padding; mask (B,T) bool,
-    True where removed, which SOT, EOT and padding never are."""
+    """Which tokens stay, in K slots whatever a caption's length. noise, tokens (B,T) -> keep (B,K): positions
+    of SOT, EOT, the kept tokens, then padding; mask (B,T) bool, True where removed, which these never are."""
     T = tokens.shape[1]
     position, end = torch.arange(T, device=tokens.device), caption_end(tokens)
     word = (position > 0) & (position < end)
@@ -200,6 +195,14 @@ def take(x, index):
     return x.expand(index.shape[0], -1, -1).gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 # --- Transformer: block, image encoder, text encoder, decoder ---------------------------------------------
+def attention(q, k, v, valid=None):
+    """Softmax attention: q (B,h,Q,d), k, v (B,h,T,d), valid (B,T) what may be attended to -> (B,h,Q,d)."""
+    mask = None if valid is None else valid[:, None, None, :]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # SDPA's backward pass is several times slower
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+        return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
 class Block(nn.Module):
     """Pre-norm transformer block with timm's parameter names, the same for images, text and decoder."""
     def __init__(self, width, heads):
@@ -218,8 +221,7 @@ class Block(nn.Module):
             q = F.linear(self.norm1(query), qkv.weight[:D], qkv.bias[:D])
             k, v = F.linear(y, qkv.weight[D:], qkv.bias[D:]).chunk(2, dim=-1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B,h,T,D/h)
-        mask = None if valid is None else valid[:, None, None, :]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        y = attention(q, k, v, valid).transpose(1, 2).flatten(2)
         x = (x if query is None else query) + self.attn.proj(y)
         return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
 
@@ -284,14 +286,14 @@ class Masked:
         order = mask.int().argsort(dim=1, descending=True, stable=True)  # the removed ones first
         self.gone = order[:, : mask.shape[1] - keep.shape[1]]
         self.asked = mask.gather(1, self.gone)  # (B,R) what the decoder predicts, and whether it was removed
-        self.encoded = None  # (B,K,D), patches with CLS before them
         self.predicted = None  # (B,R,P*P*3) or (B,R,V), in the order of gone
 
 class Decoder(nn.Module):
-    """Predicts removed patches and tokens by self-attention over all of both (MAE's and M3AE's decoder)."""
+    """Predicts removed patches and tokens, by attention among all (joint) or to visible ones (cross)."""
     def __init__(self, config):
         super().__init__()
         side, width = config.image_size // config.patch_size, config.decoder_width
+        self.cross = config.decoder == "cross"
         text_width = config.width if config.method == "m3ae" else config.text_width
         sizes = {"image": (config.width, config.patch_size**2 * 3), "text": (text_width, config.vocab_size)}
         for name in [name for name in sizes if name in config.weights()]:
@@ -303,23 +305,31 @@ class Decoder(nn.Module):
         self.register_buffer("patch_position", sincos_2d(width, side, side).unsqueeze(0), persistent=False)
         self.blocks = nn.ModuleList([Block(width, config.decoder_heads) for _ in range(config.decoder_depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
-    def forward(self, image, text):
-        """image, text: Masked or None; sets what is predicted of each."""
-        parts = [(part, getattr(self, name)) for name, part in (("image", image), ("text", text)) if part]
+    def forward(self, image, text, seen, read):
+        """image, text: Masked or None; seen, read: (B,K,D) encoded. Sets what is predicted of each."""
+        parts = [(image, "image", seen), (text, "text", read)]
+        parts = [(part, getattr(self, name), x) for part, name, x in parts if part]
         visible, removed = [], []  # each (B,K,D) and (B,R,D)
-        for part, way in parts:  # embed's bias and the mask token tell the modalities apart: type embeddings
+        for part, way, x in parts:  # embed's bias and the mask token serve as type embeddings
             position = self.patch_position if way.position is None else way.position
-            first, seen = way.embed(part.encoded).tensor_split([-part.keep.shape[1]], dim=1)  # first: CLS
+            first, seen = way.embed(x).tensor_split([-part.keep.shape[1]], dim=1)  # first: CLS
             visible += [first, seen + take(position, part.keep)]
             removed += [way.mask_token + take(position, part.gone)]
-        valid = [part.seen for part, _ in parts] + [part.asked for part, _ in parts]
+        x, rows = torch.cat(visible, dim=1), torch.cat(removed, dim=1)
+        valid, first = [part.seen for part, *_ in parts], 0
+        if not self.cross:  # as MAE and M3AE; the last block computes what is asked for alone
+            x, first = torch.cat([x, rows], dim=1), len(self.blocks) - 1
+            valid += [part.asked for part, *_ in parts]
         valid = torch.cat(valid, dim=1) if text else None  # patches are never padding
-        x, counts = torch.cat(visible + removed, dim=1), [part.gone.shape[1] for part, _ in parts]
-        for block in self.blocks[:-1]:
+        for block in self.blocks[:first]:
             x = block(x, valid)
-        x = self.norm(self.blocks[-1](x, valid, x[:, -sum(counts):]))  # of the last block what is asked for
-        for (part, way), rows in zip(parts, x.split(counts, dim=1), strict=True):
-            part.predicted = way.head(rows)
+        rows = rows if self.cross else x[:, -rows.shape[1]:]
+        for block in self.blocks[first:]:
+            rows = block(x, valid, rows)
+        rows = self.norm(rows)
+        for part, way, _ in parts:
+            mine, rows = rows.tensor_split([part.gone.shape[1]], dim=1)
+            part.predicted = way.head(mine)
 
 # --- Losses -----------------------------------------------------------------------------------------------
 # Under torch.distributed each is the global batch's on every rank, and its gradient is the mean over ranks of
@@ -423,13 +433,11 @@ class MAECLIP(nn.Module):
         for block in self.modules():
             if config.grad_checkpoint and isinstance(block, Block):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if list(terms) == ["text"]:  # no loss looks at the patches
-            for name, parameter in self.image_encoder.named_parameters():
-                parameter.requires_grad_(m3ae and not name.startswith("patch_embed"))
+        for name, parameter in self.image_encoder.named_parameters():  # for text alone nothing sees patches
+            parameter.requires_grad_(list(terms) != ["text"] or (m3ae and not name.startswith("patch_embed")))
     @torch.no_grad()
     def initialise(self, seed):
-        """Draws the weights (Xavier for matrices, 0.02 for tokens, as MAE), each by the seed and its own
-        name, so that methods start from the same weights in what they share."""
+        """Draws weights as MAE does, each by the seed and its own name: what methods share starts alike."""
         for name, parameter in self.named_parameters():
             generator = torch.Generator().manual_seed(seed + (zlib.crc32(name.encode()) << 31))
             if any(word in name for word in ("token", "position", "type")):
@@ -439,10 +447,10 @@ class MAECLIP(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
     def drawn(self, images, tokens, *noise):
-        """The masks' noise, (B,N) for patches and (B,T) for tokens; where None from torch's generator."""
+        """The same with the masks' noise, (B,N) and (B,T), drawn from torch's generator where it is None."""
         sizes = (len(images), self.patches), tokens.shape
-        return [torch.rand(size, device=images.device) if x is None else x
-                for x, size in zip(noise, sizes, strict=True)]
+        return images, tokens, *(torch.rand(size, device=images.device) if x is None else x
+                                 for x, size in zip(noise, sizes, strict=True))
     def project_image(self, x):
         """Encoded tokens (B,1+K,D) -> image features (B,E) float32 of unit norm."""
         x = pool(x, self.config.pool)
@@ -458,7 +466,7 @@ class MAECLIP(nn.Module):
         return F.normalize(wide(self.text_proj(x)), dim=-1)
     def masked_pass(self, images, tokens, image_noise, text_noise):
         """Removes patches and tokens, encodes what is left and predicts the rest
-        -> image, text: Masked, or None for a modality without weight, which takes no part."""
+        -> image, text: Masked, or None for a modality without weight, and the image encoder's output."""
         c, image, text = self.config, None, None
         if "image" in c.weights():
             keep, mask = random_mask(image_noise, c.mask_ratio)
@@ -473,21 +481,18 @@ class MAECLIP(nn.Module):
         else:
             seen = self.image_encoder(images, image.keep) if image else None
             read = self.text_encoder(tokens, text.keep) if text else None
-        for part, x in ((image, seen), (text, read)):
-            if part:
-                part.encoded = x
         if image or text:
-            self.decoder(image, text)
-        return image, text
+            self.decoder(image, text, seen, read)
+        return image, text, seen
     def parts(self, images, tokens, image_noise, text_noise, *views):
         """What forward's losses are computed from -> {term: a pair of tensors, a row for each sample}."""
         c, weights, found, images = self.config, self.config.weights(), {}, normalise(images)
-        image, text = self.masked_pass(images, tokens, image_noise, text_noise)
+        image, text, seen = self.masked_pass(images, tokens, image_noise, text_noise)
         if "contrastive" in weights:
             ratio = c.contrastive_mask_ratio
             shared = image and 0 < ratio == c.mask_ratio  # then one masked pass serves both losses
             keep = random_mask(image_noise, ratio)[0] if ratio > 0 else None
-            x = self.project_image(image.encoded if shared else self.image_encoder(images, keep))
+            x = self.project_image(seen if shared else self.image_encoder(images, keep))
             found["contrastive"] = self.logit_scale.exp() * x, self.encode_text(tokens)
         if image:
             target = take(patchify(images, c.patch_size), image.gone)
@@ -501,7 +506,7 @@ class MAECLIP(nn.Module):
         """images (B,3,H,W) uint8 or normalised float, tokens (B,T), uniform noise (B,N) and (B,T) for the
         masks (None: drawn from torch's global generator), views: a pair of image batches, for slip ->
         dict of 0-d tensors: the unweighted terms that apply, and `loss`, their weighted sum."""
-        batch = images, tokens, *self.drawn(images, tokens, image_noise, text_noise), *(views or ())
+        batch = *self.drawn(images, tokens, image_noise, text_noise), *(views or ())
         pieces, parts = self.config.accumulate if torch.is_grad_enabled() else 1, self.parts
         if pieces > 1:  # each is computed again in the backward pass, when its turn comes (as GradCache)
             parts = partial(checkpoint, self.parts, use_reentrant=False)
@@ -518,7 +523,7 @@ class MAECLIP(nn.Module):
         if not hasattr(self, "decoder"):
             raise ValueError(f"method {self.config.method} has no decoder: use mae, m3ae or mae_clip")
         c, images = self.config, normalise(images)
-        image, text = self.masked_pass(images, tokens, *self.drawn(images, tokens, image_noise, text_noise))
+        image, text, _ = self.masked_pass(*self.drawn(images, tokens, image_noise, text_noise))
         patches = patch_targets(patchify(images, c.patch_size), c.norm_pix)
         out = {"image": patches, "image_mask": torch.zeros_like(patches[..., 0], dtype=torch.bool),
                "text": tokens, "text_mask": torch.zeros_like(tokens, dtype=torch.bool)}
@@ -532,6 +537,10 @@ class MAECLIP(nn.Module):
         return out
 
 # === Training: optimiser, checkpoints, data, the loop, the command line ===================================
+if sys.platform == "linux":  # or glibc gives memory back after a step and faults it in again in the next
+    ctypes.CDLL(None).mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its most
+    ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+
 # What may differ between a run and its continuation with --resume; all else must be the same.
 MAY_CHANGE = set("out resume device precision compile log_every save_every data eval_data workers stop_after "
                  "tokenizer vocab_size accumulate grad_checkpoint".split())
@@ -544,8 +553,7 @@ def learning_rate(step, config):
     return config.lr * (1 + math.cos(math.pi * progress)) / 2
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but the first group's matrices move along their momentum made orthogonal (Muon, Jordan et al.
-    2024), at 5 times the learning rate. `small` learns in half the steps with it."""
+    """AdamW, but the first group's matrices move along their orthogonalised momentum (Jordan et al. 2024)."""
     @torch.no_grad()
     def step(self):
         """One step; where found_inf is 1 none of it is taken."""
@@ -586,8 +594,6 @@ def pick_device(config):
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
-    if device.type == "cpu" and config.image_size // config.patch_size <= 8:
-        torch.backends.cuda.enable_flash_sdp(False)  # rules the CPU's too, which loses on short sequences
     # bfloat16 pays on a CPU that multiplies it in tiles (AMX): `small` takes 0.76 times float32's time there.
     tiles = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     fast = device.type == "cuda" or (device.type == "cpu" and tiles)
@@ -628,8 +634,7 @@ def load(path, device="cpu"):
     return model.eval(), tokenizer, state["config"]
 
 def open_run(out, config):
-    """Makes the run's folder -> with --resume the newest whole checkpoint's content, or None. DataError where
-    a run is there already, so that none is overwritten, or where the checkpoint is another run's."""
+    """Makes the run's folder -> what --resume goes on from, or None; DataError where that mixes two runs."""
     if (out / "results.json").exists():
         raise DataError(f"{out}: holds a complete run; give another --out, or remove it to run it again")
     if not config.resume and ((out / "config.json").exists() or checkpoints(out)):
@@ -681,9 +686,8 @@ def inputs(config, step, batch, device):
     generator = torch.Generator().manual_seed(config.seed << 40 | step)
     shapes = (((config.image_size // config.patch_size) ** 2,), (T,), (2, 12))
     noise = [torch.rand(world * B, *shape, generator=generator)[rank * B : rank * B + B] for shape in shapes]
-    images, tokens, image_noise, text_noise, view_noise = (
-        (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-        for x in (batch.images, batch.tokens, *noise))
+    given = [x.pin_memory() if device.type == "cuda" else x for x in (batch.images, batch.tokens, *noise)]
+    images, tokens, image_noise, text_noise, view_noise = (x.to(device, non_blocking=True) for x in given)
     views = [simclr_view(images, view_noise[:, i]) for i in range(2 if "simclr" in config.weights() else 0)]
     return images, tokens, image_noise, text_noise, views
 
@@ -703,8 +707,8 @@ def train_step(net, optimizer, autocast, batch):
 
 def announce(config, model, net, loader, device, autocast, step):
     """Says, before training, what will happen; times a step on an empty batch, which changes nothing."""
-    B, side = loader.batch_size, config.image_size
-    images, tokens = torch.zeros(B, 3, side, side).byte(), Tokenizer([]).batch([""] * B, config.context)
+    images = torch.zeros(loader.batch_size, 3, config.image_size, config.image_size).byte()
+    tokens = Tokenizer([]).batch([""] * loader.batch_size, config.context)
     batch = inputs(config, 0, Batch(images, tokens, ()), device)
     for _ in range(4):  # the first compiles and warms up
         began = time.time()
@@ -714,13 +718,12 @@ def announce(config, model, net, loader, device, autocast, step):
         loss.item()  # waits for the device
     minutes = (config.steps - step) * (time.time() - began) / 60
     net.zero_grad()
-    loss = " + ".join(f"{weight:g} {term}" for term, weight in config.weights().items())
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     if ranks()[0] == 0:
-        print(f"method      {config.method}: {loss}",
-              "parameters  " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
+        print(f"method      {config.method}:", " + ".join(f"{w:g} {t}" for t, w in config.weights().items()))
+        print("parameters  " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
               f"device      {device}, {'bf16' if autocast._enabled else 'fp32'}, {ranks()[1]} process(es)",
-              f"data        {loader.about()}, {side} px",
+              f"data        {loader.about()}, {config.image_size} px",
               f"schedule    {config.steps:,} steps of {config.batch_size} pairs",
               f"expected    {minutes:.1f} minutes of training, by the time of one step here", sep="\n")
 
@@ -728,12 +731,10 @@ def log_line(config, model, loader, step, rows, seconds, waited):
     """The log's record of the last steps, whose rows from train_step these are: means, and figures beside."""
     *sums, count = torch.stack(rows).sum(dim=0).tolist()  # waits for the device
     record = {"step": step, "epoch": loader.epochs(step), "pairs": step * config.batch_size}
-    named = zip((*config.weights(), "loss", "grad_norm"), sums, strict=True)
-    record |= {name: x / max(count, 1) for name, x in named}
+    record |= zip((*config.weights(), "loss", "grad_norm"), (x / (count or 1) for x in sums), strict=True)
     if "contrastive" in record:  # beside the loss of a model that knows nothing
         record |= {"chance": math.log(config.batch_size), "scale": model.logit_scale.exp().item()}
-    if rows[0].is_cuda:
-        record["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    record |= {"memory_gib": torch.cuda.max_memory_allocated() / 2**30} if rows[0].is_cuda else {}
     return record | {"lr": learning_rate(step - 1, config), "skipped": len(rows) - int(count),
                      "pairs_per_second": len(rows) * config.batch_size / seconds, "waiting": waited / seconds}
 
@@ -762,10 +763,10 @@ def train(config):
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
     announce(config, model, net, loader, device, autocast, step)
     last = min(config.steps, config.stop_after or config.steps)
-    signals, rows, number, failed = [], [], 0, torch.zeros((), device=device)
+    signals, rows, number, shown = [], [], 0, (*config.weights(), "chance", "waiting")
     old = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
     batches = loader.batches(loader.position or step)
-    began, since, waited = time.time() - seconds, time.time(), 0.0
+    began, since, waited, failed = time.time() - seconds, time.time(), 0.0, torch.zeros((), device=device)
     bar = tqdm(total=config.steps, initial=step, disable=rank > 0 or None, dynamic_ncols=True,
                unit="pairs", unit_scale=config.batch_size)
     try:
@@ -786,7 +787,6 @@ def train(config):
                 if rank == 0:
                     with (out / "log.jsonl").open("a") as file:
                         file.write(json.dumps(record) + "\n")
-                    shown = (*config.weights(), "chance", "waiting")
                     bar.set_postfix({name: record[name] for name in shown if name in record})
                     tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
                 if failed >= 20:
@@ -829,8 +829,8 @@ def parse(argv=None):
     for f in fields(Config):
         if f.name in groups:
             group = parser.add_argument_group(groups[f.name])
-        switch = {"action": argparse.BooleanOptionalAction} if f.type in (bool, bool | None) else None
-        kind = switch or {"type": f.type, "choices": f.metadata["choices"]}
+        kind = {"type": f.type, "choices": f.metadata["choices"]}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type in (bool, bool | None) else kind
         group.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"], **kind)
     given = vars(parser.parse_args(argv))
     return Config(**SCALES[given.get("scale", Config.scale)] | given)
