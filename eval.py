@@ -23,6 +23,7 @@ import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +37,12 @@ import mae_clip
 
 TASKS = "zero_shot", "retrieval", "linear_probe", "knn", "reconstruction"
 BLOCK = 2**26  # entries of a score matrix held at once, so that memory does not grow with the test set
-SMALL = 2**28  # features x classes up to which logistic regression is computed in float64
+STUDENT = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # 97.5 % quantiles of t, 1 to 9 degrees
 
 # --- Pure functions of features; with `each` they give every test item's hit in place of the rate ---------
 def as_features(x, name):
     """Array or tensor (n,D) -> float32 or float64 tensor; ValueError where it is not finite."""
-    x = torch.as_tensor(x)
-    x = x if x.dtype == torch.float64 else x.float()
+    x = mae_clip.wide(torch.as_tensor(x))
     if x.ndim != 2 or not len(x) or not x.isfinite().all():
         raise ValueError(f"{name}: must be finite numbers (n, D) with n > 0, found shape {tuple(x.shape)}")
     return x
@@ -101,7 +101,7 @@ def fit_linear(x, y, classes, l2, start=None, tolerance=1e-8):
     x (n,D), y (n,) -> weight (C,D), bias (C,); start: a pair to begin from; scikit-learn's C is 1/(n l2)."""
     given = as_features(x, "features")
     y = as_labels(y, len(given), classes, "labels").to(given.device)
-    x = given.double() if given.numel() * classes < SMALL else given
+    x = given.double() if given.numel() * classes < 2**28 else given  # where float64 costs little
     (n, D), mean, hot = x.shape, x.mean(dim=0), F.one_hot(y, classes).to(x)
     x = x - mean  # changes the intercept only
     hessian = (x.T @ x).double() / n * (classes - 1) / classes**2
@@ -190,8 +190,7 @@ def knn(train_x, train_y, test_x, test_y, k=20, temperature=0.07, each=False):
 EvalSet = namedtuple("EvalSet", "name source classes templates unseen", defaults=([], [], []))
 
 def open_sets(source, structured=False):
-    """A SET -> list of EvalSets; the built-in data are objects, scenes and, if `structured`, three more.
-    ValueError for class names or templates that won't do."""
+    """A SET -> list of EvalSets: of the built-in data objects, scenes and, if `structured`, three more."""
     folder = Path(source)
     if (folder / "objects").is_dir():
         names = ("objects", "count", "position", "relation") if structured else ("objects",)
@@ -213,23 +212,24 @@ def open_sets(source, structured=False):
         raise ValueError(f"{folder}: every line of its templates needs {{c}}, where the class name goes")
     return [EvalSet(folder.name, str(folder), classes, templates, unseen)]
 
-def read_image(name, content, size):
-    """Image bytes -> uint8 (3,S,S); ValueError, with the name, where they are none: no test set shrinks."""
+def read_image(where, size, sample):
+    """sample: key, image bytes, ... -> uint8 (3,S,S); ValueError, that names it, where there is no image."""
+    name, content = where + sample[0], sample[1]
     try:
         return torch.as_tensor(data.preprocess(data.decode(content), size))
     except Exception as error:  # whatever a damaged image raises
         raise ValueError(f"{name}: {error if content else 'there is no image'}") from error
 
 def image_batches(dataset, split, size, limit=None, batch=256):
-    """Decodes, in threads -> iterator of (uint8 (B,3,S,S), B labels or lists of captions)."""
+    """Decodes, in threads, a batch ahead -> iterator of (uint8 (B,3,S,S), B labels or lists of captions)."""
     source = data.labelled(dataset.source, split) if dataset.classes else data.captioned(dataset.source)
     source = tqdm(itertools.islice(source, limit), f"{dataset.name} {split}", leave=False, disable=None)
     with ThreadPoolExecutor() as pool, source:
-        samples = iter(source)
-        while part := list(itertools.islice(samples, batch)):
-            keys, contents, targets = zip(*part, strict=True)
-            names = [f"{dataset.source}: {key}" for key in keys]
-            yield torch.stack([*pool.map(read_image, names, contents, [size] * len(part))]), targets
+        samples, ahead, read = iter(source), None, partial(read_image, f"{dataset.source}: ", size)
+        while (part := list(itertools.islice(samples, batch))) or ahead:
+            ready, ahead = ahead, part and (pool.map(read, part), [target for *_, target in part])
+            if ready:
+                yield torch.stack([*ready[0]]), ready[1]
 
 @torch.no_grad()
 def encode_texts(model, tokenizer, texts):
@@ -272,8 +272,7 @@ def features(model, tokenizer, dataset, split="test", checkpoint=None):
     return found
 
 def cache_file(model, dataset, split, checkpoint):
-    """Where features lie: named by the content of all they come from: checkpoint, files of the split and
-    these programs, whose transform it is."""
+    """Where features lie, by the content of all they come from: checkpoint, split, and these programs."""
     files = Path(dataset.source, split).iterdir() if dataset.classes else data.expand(dataset.source)
     files = [path for path in sorted(map(Path, files)) if path.is_file()]
     setting = split, dataset.classes, next(model.parameters()).device, torch.__version__, Image.__version__
@@ -296,6 +295,14 @@ class Score(namedtuple("Score", "values weights chance")):
         draws = (np.bincount(random.integers(0, n, n), minlength=n) for _ in range(1000))
         leads = [self.mean(counts) - (other.mean(counts) if other else 0) for counts in draws]
         return np.nanpercentile(leads, [2.5, 97.5]).tolist()
+
+def spread(runs, others=()):
+    """Scores of a run, or of several -> [value, low, high]: 95 %, over images or runs; or of their lead."""
+    x = np.subtract([run.mean() for run in runs], [run.mean() for run in others] or 0)
+    if len(runs) == 1:
+        return [x[0], *runs[0].interval(*others)]
+    half = STUDENT[min(len(x), 10) - 2] * x.std(ddof=1) / len(x) ** 0.5
+    return [x.mean(), x.mean() - half, x.mean() + half]
 
 def score_zero_shot(model, tokenizer, dataset, test):
     """-> {acc1, acc5, mean_per_class_recall; seen, unseen: acc1 by whether training held the class}."""
@@ -335,8 +342,7 @@ def reconstructions(model, tokenizer, dataset, limit=512):
     return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
 
 def score_reconstruction(model, tokenizer, dataset):
-    """-> {image_loss (chance: predicting zero), text_accuracy of removed tokens (chance: always the most
-    frequent one)}."""
+    """-> {image_loss (chance: of zeros), text_accuracy of removed tokens (chance: of the most frequent)}."""
     out, c = reconstructions(model, tokenizer, dataset), model.config
     patches = mae_clip.patchify(mae_clip.normalise(out["images"]), c.patch_size)
     target, mask = mae_clip.patch_targets(patches, c.norm_pix), out["image_mask"]
@@ -373,7 +379,7 @@ def evaluate(model, tokenizer, eval_data, out=None):
     for dataset in [dataset for source in eval_data.split(",") for dataset in open_sets(source)]:
         for task, scores in measure(model, tokenizer, dataset, set(TASKS) - {"knn"}).items():
             entry = {name: score.mean() for name, score in scores.items()}
-            entry |= {"chance": {name: score.chance for name, score in scores.items()}}
+            entry["chance"] = {name: score.chance for name, score in scores.items()}
             entry["n"] = max([len(score.values) for score in scores.values()], default=0)
             results[f"{task} {dataset.name}" if task in results else task] = entry
             if out and results.get("reconstruction") is entry:
@@ -399,33 +405,35 @@ def format_table(rows, style="text"):
     return "\n".join((left + between.join(map(str.ljust, row, widths)) + right).rstrip() for row in rows)
 
 def suite(checkpoints, datasets, tasks, style="text", device="cpu", untrained=False):
-    """Every task that applies, for each checkpoint and maybe a new model of the first one's configuration,
-    with chance and 95 % intervals; of two checkpoints the lead too, image by image -> table."""
-    found, names = {}, []
-    for path in [*checkpoints, *[None] * untrained]:
+    """Every task that applies, for each checkpoint and maybe a new model, with chance and 95 % intervals ->
+    table. Runs that differ in their seed alone share a column; two columns' lead is there too, in pairs."""
+    found, columns, folders = {}, {}, [Path(path).resolve().parent.name for path in checkpoints]
+    for path, folder in [*zip(checkpoints, folders, strict=True), *[(None, "untrained")] * untrained]:
         model, tokenizer, config = mae_clip.load(path or checkpoints[0], device)
         if path is None:
             torch.manual_seed(config.seed)
             model = mae_clip.MAECLIP(config).to(device).eval()
-        name = Path(path).resolve().parent.name if path else "untrained"  # the run's folder
-        names.append(path if name in names else name)
+        fixed = [x for key, x in vars(config).items() if key not in mae_clip.MAY_CHANGE - {"data"} | {"seed"}]
+        column = f"{Path(path or '').name} {fixed}"
+        columns.setdefault(column, []).append(folder if folders.count(folder) < 2 else path)
         for dataset in datasets:
-            results = measure(model, tokenizer, dataset, tasks, path)
-            if not results and 1 in (len(tasks), len(datasets)):
-                raise ValueError(f"{path}: {', '.join(tasks)} do not fit {config.method} on {dataset.name}: "
-                                 "zero-shot and retrieval need a text tower, probes a train folder")
-            for key in [(dataset.name, task, name) for task, scores in results.items() for name in scores]:
-                found.setdefault(key, {})[names[-1]] = results[key[1]][key[2]]
-    pair, head = names[: len(checkpoints)], ["set", "task", "measure", "images", "chance"]
-    leads = [" less ".join(pair)] if len(pair) == 2 else []
-    rows, entries = [head + names + leads], []
+            for task, scores in measure(model, tokenizer, dataset, tasks, path).items():
+                for name, score in scores.items():
+                    found.setdefault((dataset.name, task, name), {}).setdefault(column, []).append(score)
+    if not found:
+        raise ValueError(f"{tasks[0]}: no --data fits {config.method}: needs a text tower, train split or decoder")
+    names = {column: os.path.commonprefix(runs) + f"* ({len(runs)} runs)" * (len(runs) > 1)
+             for column, runs in columns.items()}
+    pair, head = [*columns][: len(columns) - untrained], ["set", "task", "measure", "images", "chance"]
+    even = len(pair) == 2 and len(columns[pair[0]]) == len(columns[pair[1]])
+    leads = [" less ".join(names[column] for column in pair)] if even else []
+    rows, entries = [head + [*names.values()] + leads], []
     for key, scores in found.items():
-        values = {name: [score.mean(), *score.interval()] for name, score in scores.items()}
+        values = {names[column]: spread(runs) for column, runs in scores.items()}
         if leads and scores.keys() >= set(pair):
-            one, two = (scores[name] for name in pair)
-            values[leads[0]] = [one.mean() - two.mean(), *one.interval(two)]
+            values[leads[0]] = spread(*(scores[column] for column in pair))
         cells = {name: "{} [{}, {}]".format(*(show(x, key[2]) for x in values[name])) for name in values}
-        one, cells = next(iter(scores.values())), [cells.get(name, "-") for name in names + leads]
+        one, cells = next(iter(scores.values()))[0], [cells.get(name, "-") for name in rows[0][5:]]
         rows.append([*key, f"{len(one.values):,}", show(one.chance, key[2]), *cells])
         entries.append(dict(zip(head, (*key, len(one.values), one.chance), strict=True), values=values))
     return json.dumps(entries, indent=1) if style == "json" else format_table(rows, style)
@@ -435,14 +443,11 @@ def draw_reconstructions(model, tokenizer, dataset, path, count=8):
     """Writes a picture of the first `count` pairs: original, masked, reconstructed, and the captions."""
     c, size, out = model.config, model.config.image_size, reconstructions(model, tokenizer, dataset, count)
     patches = mae_clip.patchify(mae_clip.normalise(out["images"]), c.patch_size)
-    hidden, rebuilt, note = out["image_mask"][..., None], out["image"], ""
-    if c.norm_pix:  # each patch is predicted less its mean, over its deviation
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        rebuilt = rebuilt * (variance + 1e-6).sqrt() + mean
-        note = "removed patches are shown with their true mean and contrast, which are not predicted"
+    hidden, (variance, mean) = out["image_mask"][..., None], torch.var_mean(patches, dim=-1, keepdim=True)
+    rebuilt = out["image"] * (variance + 1e-6).sqrt() + mean if c.norm_pix else out["image"]
+    note = "removed patches are shown with their true mean and contrast, which are not predicted"
     std, mean = (torch.tensor(x).view(3, 1, 1) for x in (mae_clip.IMAGE_STD, mae_clip.IMAGE_MEAN))
-    grey = ((0.8 - mean) / std).view(3).repeat(c.patch_size**2)
-    panels = torch.stack([patches, grey.where(hidden, patches), rebuilt.where(hidden, patches)], dim=1)
+    panels = torch.stack([patches, patches.where(~hidden, 2), rebuilt.where(hidden, patches)], dim=1)
     panels = mae_clip.unpatchify(panels.flatten(0, 1), c.patch_size, size, size) * std + mean
     panels = (panels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()  # three a sample
     side, font = size * max(1, round(160 / size)), ImageFont.load_default(14)
@@ -460,36 +465,33 @@ def draw_reconstructions(model, tokenizer, dataset, path, count=8):
                  for a, b, gone in zip(old, new, out["text_mask"][i], strict=True)]
         text = textwrap.fill("".join(words).strip(), (side + 220) // 8)
         draw.text((14 + 3 * (side + 8), 36 + i * (side + 8)), text, "black", font, spacing=6)
-    draw.text((14, sheet.height - 26), note, "dimgrey", font)
+    draw.text((14, sheet.height - 26), note * c.norm_pix, "dimgrey", font)
     sheet.save(path)
 
 # --- Benchmark --------------------------------------------------------------------------------------------
 def flops(config):
-    """Floating-point operations of a forward pass, a pair, by shapes: 2 for each multiply-add of a matrix
-    product, nothing else counted (as torch.utils.flop_counter); a training step has 3 times as many.
-    A block of width D over T tokens, of which Q are computed, has 4 T D^2 (keys, values) + 4 Q D^2 (queries,
-    projection) + 16 Q D^2 (MLP) + 4 Q T D (attention); a linear layer has 2 (inputs) (outputs) a row."""
+    """Floating-point operations of a pair's forward pass: 2 a multiply-add of a matrix product, nothing else
+    (as torch.utils.flop_counter); a training step has 3 times as many. A block of width D over T tokens, of
+    which it computes Q, has 4 T D^2 (keys, values) + 20 Q D^2 (its other layers) + 4 Q T D (attention)."""
     c, terms, trunk = config, config.weights(), config.method == "m3ae"
     N, T, P, D = (c.image_size // c.patch_size) ** 2, c.context, 3 * c.patch_size**2, c.width
-    d, W = c.decoder_width, D if trunk else c.text_width
-    def block(T, D, Q):
-        return 4 * (T + 5 * Q) * D**2 + 4 * Q * T * D
-    def tower(T, D, depth, last=None):
-        return (depth - 1) * block(T, D, T) + block(T, D, T if last is None else last)
+    d, W, L = c.decoder_width, D if trunk else c.text_width, 0 if trunk else c.text_depth
+    def blocks(T, D, *queries):  # over T tokens, one for each number of them that it computes
+        return sum(4 * (T + 5 * Q) * D**2 + 4 * Q * T * D for Q in queries)
     def image(patches, words=0):
-        return 2 * patches * P * D + tower(1 + patches + words, D, c.depth)
+        return 2 * patches * P * D + blocks(1 + patches + words, D, *[1 + patches + words] * c.depth)
     keep = max(1, mae_clip.kept(N, c.mask_ratio)) if "image" in terms else 0
     words = 2 + mae_clip.kept(T - 2, c.text_mask_ratio) if "text" in terms else 0
     seen, gone, lost = keep + (keep > 0), (N - keep) * (keep > 0), (T - words) * (words > 0)
-    total = image(keep, words) if trunk else image(keep) * (keep > 0) + tower(words, W, c.text_depth)
+    total = (image(keep, words * trunk) if trunk or keep else 0) + blocks(words, W, *[words] * L)
     total += 2 * d * (seen * D + words * W + gone * P + lost * c.vocab_size)  # into and out of the decoder
-    seen, gone = seen + words, gone + lost
-    joint, cross = tower(seen + gone, d, c.decoder_depth, gone), c.decoder_depth * block(seen, d, gone)
-    total += cross if c.decoder == "cross" else joint
+    seen, gone, before = seen + words, gone + lost, c.decoder_depth - 1
+    joint = blocks(seen + gone, d, *[seen + gone] * before, gone)
+    total += blocks(seen, d, *[gone] * c.decoder_depth) if c.decoder == "cross" else joint
     if "contrastive" in terms:  # two towers, projections, a row of the scores in both directions
         shared = keep and 0 < c.contrastive_mask_ratio == c.mask_ratio  # one masked pass serves both losses
         total += 0 if shared else image(max(1, mae_clip.kept(N, c.contrastive_mask_ratio)))
-        total += tower(T, W, c.text_depth, 1) + 2 * c.embed * (D + W) + 4 * c.batch_size * c.embed
+        total += blocks(T, W, *[T] * (L - 1), 1) + 2 * c.embed * (D + W + 2 * c.batch_size)
     if "simclr" in terms:  # for both views: tower, head, a row of the scores
         total += 2 * (image(N) + 40 * D**2 + 8 * D * 256 + 4 * c.batch_size * 256)
     return total
@@ -546,7 +548,7 @@ def classify_photo(paths, labels, device):
         raise ValueError("--labels: takes two labels or more, and goes with zero-shot CHECKPOINT PHOTO")
     model, tokenizer, config = mae_clip.load(paths[0], device)
     texts = class_features(model, tokenizer, classes, ["{c}"]).to(device)
-    image = read_image(paths[1], Path(paths[1]).read_bytes(), config.image_size)[None].to(device)
+    image = read_image("", config.image_size, (paths[1], Path(paths[1]).read_bytes()))[None].to(device)
     chances = (model.logit_scale.exp() * model.encode_image(image) @ texts.T).softmax(dim=1)[0].tolist()
     ranked = sorted(zip(chances, classes, strict=True), reverse=True)
     return format_table([["label", "probability"], *([name, show(p)] for p, name in ranked)])
@@ -577,8 +579,6 @@ def run(argv):
     whole, name = args.command == "suite", args.command.replace("-", "_")
     tasks = [task for task in TASKS if whole or task.startswith(name)]
     datasets = [dataset for source in args.data for dataset in open_sets(source, whole)]
-    if not datasets:
-        raise ValueError("--data: name at least one set")
     if len({dataset.name for dataset in datasets}) < len(datasets):
         datasets = [dataset._replace(name=dataset.source) for dataset in datasets]
     table = suite(args.checkpoints, datasets, tasks, args.format, device, args.untrained)

@@ -806,7 +806,7 @@ def train(config):
     if rank == 0 and loader.report():
         print(loader.report())
     if rank == 0 and (number or step < config.steps):
-        again = shlex.join(x for x in sys.argv[1:] if x != "--resume")
+        again = shlex.join("pipe:..." if "pipe:" in x else x for x in sys.argv[1:] if x != "--resume")
         print(f"stopped and saved at step {step:,}; go on with: python mae_clip.py {again} --resume")
     elif rank == 0:
         results = evaluate(model, loader.tokenizer, config.eval_data, out) if sets else {}

@@ -427,12 +427,6 @@ def test_each_method_overfits_32_pairs(method):
     for name in METHODS[method]:
         assert after[name] < 0.35 * before[name], (name, before[name].item(), after[name].item())
 
-def test_training_and_evaluation_mode_give_the_same_losses():
-    for method in METHODS:
-        model = tiny(method)
-        a, b = model.train()(*example()), model.eval()(*example())
-        assert all(torch.equal(a[name], b[name]) for name in a)
-
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_compiles_as_one_graph_that_no_mask_or_caption_makes_anew(method):
     torch._dynamo.reset()
@@ -541,8 +535,6 @@ def test_two_gloo_ranks_give_the_losses_and_gradients_of_one_process_in_pieces_t
             error, norm = (torch.cat([x.flatten() for x in each]).norm()
                            for each in ([a - b for a, b in pairs], [b for _, b in pairs]))
             assert error < 1e-6 * norm, (method, pieces, error / norm)
-            for a, b in pairs:
-                assert (a - b).norm() < 1e-5 * (b.norm() + 1e-6), (method, pieces)
 
 # --- Optimiser, schedule, checkpoints ----------------------------------------------------------------------
 def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine():
@@ -1016,9 +1008,13 @@ def test_the_linear_probe_chooses_on_train_alone_and_is_as_good_as_scikit_learns
 def test_intervals_resample_images_and_a_lead_is_on_the_same_images():
     hits = np.arange(400) % 4 == 0
     score, worse = (evaluation.Score(hits & (np.arange(400) >= n), hits >= 0, 0.1) for n in (0, 1))
-    low, high = score.interval()
+    _, low, high = evaluation.spread([score])
     assert low < 0.25 < high and abs(high - low - 2 * 1.96 * math.sqrt(0.25 * 0.75 / 400)) < 0.01
-    assert 0 <= score.interval(worse)[0] <= 1 / 400 <= score.interval(worse)[1] < 5 / 400
+    lead, low, high = evaluation.spread([score], [worse])
+    assert 0 <= low <= lead <= high < 5 / 400 and lead == pytest.approx(1 / 400)
+    seeds = [evaluation.Score([x], [1], 0) for x in (0.2, 0.3, 0.7)]
+    half = 4.303 * np.std([0.2, 0.3, 0.7], ddof=1) / math.sqrt(3)  # Student's t, two degrees of freedom
+    assert evaluation.spread(seeds) == pytest.approx([0.4, 0.4 - half, 0.4 + half], abs=1e-3)
 
 def test_a_cached_feature_never_outlives_its_input(trained, tmp_path):
     (folder, shard), path = labelled_folder(tmp_path / "set"), tmp_path / "copy.pt"
@@ -1040,6 +1036,11 @@ def test_the_suite_sets_checkpoints_side_by_side_with_chance_and_intervals(train
     probe, names = table["linear_probe"], [path.parent.name for path in trained]
     assert table.keys() == {"zero_shot", "linear_probe", "knn"} and probe["chance"] == 0.5
     assert probe["values"].keys() == {*names, "untrained", " less ".join(names)}
+    (tmp_path / f"{names[0]}-1").mkdir()
+    twin, state = tmp_path / f"{names[0]}-1" / trained[0].name, torch.load(trained[0])
+    torch.save(state | {"config": state["config"] | {"seed": 1}}, twin)  # so the two share a column
+    evaluation.main(["knn", *map(str, [twin, *trained, "--data", folder])])
+    assert capsys.readouterr().out.splitlines()[0].split("  ")[5] == f"{names[0]}* (2 runs)"
 
 def test_what_eval_cannot_use_is_refused_in_one_line(trained, tmp_path, capsys):
     (clip, mae), bad = trained, tmp_path / "bad.pt"
@@ -1108,8 +1109,7 @@ def test_the_command_trains_evaluates_and_reports_each_method(method, tmp_path):
     assert ("zero_shot" in results) == (method in ("clip", "mae_clip", "slip"))
     assert (tmp_path / "run" / "reconstructions.png").exists() == (method in ("mae", "m3ae", "mae_clip"))
     model, tokenizer, config = mae_clip.load(tmp_path / "run" / "checkpoint-12.pt")
-    assert not model.training and config.method == method
-    assert (tokenizer is None) == (method == "mae")
+    assert not model.training and config.method == method and (tokenizer is None) == (method == "mae")
     assert not any("module." in name or "_orig_mod" in name for name in model.state_dict())
 
 def test_a_resumed_run_equals_one_in_a_single_piece_bit_for_bit_in_the_middle_of_an_epoch_too(tmp_path):
