@@ -421,7 +421,7 @@ def suite(checkpoints, datasets, tasks, style="text", device="cpu", untrained=Fa
                 for name, score in scores.items():
                     found.setdefault((dataset.name, task, name), {}).setdefault(column, []).append(score)
     if not found:
-        raise ValueError(f"{tasks[0]}: no --data fits {config.method}; needed: text tower, train split, decoder")
+        raise ValueError(f"{tasks[0]}: no --data for {config.method} (text tower, train split or decoder?)")
     names = {column: os.path.commonprefix(runs) + f"* ({len(runs)} runs)" * (len(runs) > 1)
              for column, runs in columns.items()}
     pair, head = [*columns][: len(columns) - untrained], ["set", "task", "measure", "images", "chance"]
