@@ -297,7 +297,7 @@ class Score(namedtuple("Score", "values weights chance")):
         return np.nanpercentile(leads, [2.5, 97.5]).tolist()
 
 def spread(runs, others=()):
-    """Scores of a run, or of several -> [value, low, high]: 95 %, over images or runs; or of their lead."""
+    """Scores of a run, or of seeds -> [value, low, high]: 95 %, over images or seeds (t); or of a lead."""
     x = np.subtract([run.mean() for run in runs], [run.mean() for run in others] or 0)
     if len(runs) == 1:
         return [x[0], *runs[0].interval(*others)]
@@ -406,26 +406,26 @@ def format_table(rows, style="text"):
 
 def suite(checkpoints, datasets, tasks, style="text", device="cpu", untrained=False):
     """Every task that applies, for each checkpoint and maybe a new model, with chance and 95 % intervals ->
-    table. Runs that differ in their seed alone share a column; two columns' lead is there too, in pairs."""
+    table. Runs that differ in their seed alone share a column; of two with the same seeds there is the lead."""
     found, columns, folders = {}, {}, [Path(path).resolve().parent.name for path in checkpoints]
     for path, folder in [*zip(checkpoints, folders, strict=True), *[(None, "untrained")] * untrained]:
         model, tokenizer, config = mae_clip.load(path or checkpoints[0], device)
         if path is None:
             torch.manual_seed(config.seed)
             model = mae_clip.MAECLIP(config).to(device).eval()
-        fixed = [x for key, x in vars(config).items() if key not in mae_clip.MAY_CHANGE - {"data"} | {"seed"}]
+        fixed = vars(config) | dict.fromkeys("out resume seed eval_data workers stop_after".split())
         column = f"{Path(path or '').name} {fixed}"
-        columns.setdefault(column, []).append(folder if folders.count(folder) < 2 else path)
+        column = path if config.seed in columns.get(column, {}) else column
+        columns.setdefault(column, {})[config.seed] = folder if folders.count(folder) < 2 else path
         for dataset in datasets:
             for task, scores in measure(model, tokenizer, dataset, tasks, path).items():
                 for name, score in scores.items():
                     found.setdefault((dataset.name, task, name), {}).setdefault(column, []).append(score)
     if not found:
-        raise ValueError(f"{tasks[0]}: no --data for {config.method} (text tower, train split or decoder?)")
-    names = {column: os.path.commonprefix(runs) + f"* ({len(runs)} runs)" * (len(runs) > 1)
-             for column, runs in columns.items()}
+        raise ValueError(f"--data: none given, or nothing in it fits {tasks[0]} of {config.method}")
+    names = {column: " + ".join(runs.values()) for column, runs in columns.items()}
     pair, head = [*columns][: len(columns) - untrained], ["set", "task", "measure", "images", "chance"]
-    even = len(pair) == 2 and len(columns[pair[0]]) == len(columns[pair[1]])
+    even = len(pair) == 2 and [*columns[pair[0]]] == [*columns[pair[1]]]  # the same seeds in the same order
     leads = [" less ".join(names[column] for column in pair)] if even else []
     rows, entries = [head + [*names.values()] + leads], []
     for key, scores in found.items():
@@ -440,7 +440,7 @@ def suite(checkpoints, datasets, tasks, style="text", device="cpu", untrained=Fa
 
 # --- Pictures ---------------------------------------------------------------------------------------------
 def draw_reconstructions(model, tokenizer, dataset, path, count=8):
-    """Writes a picture of the first `count` pairs: original, masked, reconstructed, and the captions."""
+    """Writes a picture of the first `count` pairs: original, masked (cream), reconstruction and caption."""
     c, size, out = model.config, model.config.image_size, reconstructions(model, tokenizer, dataset, count)
     patches = mae_clip.patchify(mae_clip.normalise(out["images"]), c.patch_size)
     hidden, (variance, mean) = out["image_mask"][..., None], torch.var_mean(patches, dim=-1, keepdim=True)
@@ -472,11 +472,11 @@ def draw_reconstructions(model, tokenizer, dataset, path, count=8):
 def flops(config):
     """Floating-point operations of a pair's forward pass: 2 a multiply-add of a matrix product, nothing else
     (as torch.utils.flop_counter); a training step has 3 times as many. A block of width D over T tokens, of
-    which it computes Q, has 4 T D^2 (keys, values) + 20 Q D^2 (its other layers) + 4 Q T D (attention)."""
+    which Q rows attend, has 4 T D^2 (keys, values) + 20 Q D^2 (its other layers) + 4 Q T D (attention)."""
     c, terms, trunk = config, config.weights(), config.method == "m3ae"
     N, T, P, D = (c.image_size // c.patch_size) ** 2, c.context, 3 * c.patch_size**2, c.width
     d, W, L = c.decoder_width, D if trunk else c.text_width, 0 if trunk else c.text_depth
-    def blocks(T, D, *queries):  # over T tokens, one for each number of them that it computes
+    def blocks(T, D, *queries):  # over T tokens, for each the number of rows that attend
         return sum(4 * (T + 5 * Q) * D**2 + 4 * Q * T * D for Q in queries)
     def image(patches, words=0):
         return 2 * patches * P * D + blocks(1 + patches + words, D, *[1 + patches + words] * c.depth)

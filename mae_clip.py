@@ -17,6 +17,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -115,7 +116,7 @@ class Config:
         for f in fields(self):
             name, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
             _, low, high, choices = f.metadata.values()
-            if value not in choices if choices else low is not None and not low <= value <= high:
+            if (value not in choices) if choices else (low is not None and not low <= value <= high):
                 allowed = f"one of {', '.join(choices)}" if choices else f"from {low} to {high}"
                 raise ValueError(f"{name} {value}: must be {allowed}")
         if self.image_size % self.patch_size:
@@ -198,7 +199,7 @@ def take(x, index):
 def attention(q, k, v, valid=None):
     """Softmax attention: q (B,h,Q,d), k, v (B,h,T,d), valid (B,T) what may be attended to -> (B,h,Q,d)."""
     mask = None if valid is None else valid[:, None, None, :]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # SDPA's backward pass is several times slower
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # SDPA is finer, its backward pass 3 x slower
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
         return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -213,7 +214,7 @@ class Block(nn.Module):
         self.attn.qkv, self.attn.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
     def forward(self, x, valid=None, query=None):
-        """x (B,T,D), or of it only rows query (B,Q,D) -> that shape; valid (B,T): what may be attended to."""
+        """x (B,T,D), or rows query (B,Q,D) that attend to x -> that shape; valid (B,T): no padding in x."""
         qkv, D, y = self.attn.qkv, x.shape[-1], self.norm1(x)
         if query is None:
             q, k, v = qkv(y).chunk(3, dim=-1)
@@ -282,7 +283,7 @@ class Masked:
     """One modality in the masked pass: positions kept and removed, and what becomes of both."""
     def __init__(self, keep, mask, seen):
         self.mask = mask  # (B, N or T), True where removed
-        self.keep, self.seen = keep, seen  # (B,K) what the encoder sees, and whether that is no padding
+        self.keep, self.seen = keep, seen  # (B,K) what the encoder sees, and whether that, with CLS, is real
         order = mask.int().argsort(dim=1, descending=True, stable=True)  # the removed ones first
         self.gone = order[:, : mask.shape[1] - keep.shape[1]]
         self.asked = mask.gather(1, self.gone)  # (B,R) what the decoder predicts, and whether it was removed
@@ -312,19 +313,19 @@ class Decoder(nn.Module):
         visible, removed = [], []  # each (B,K,D) and (B,R,D)
         for part, way, x in parts:  # embed's bias and the mask token serve as type embeddings
             position = self.patch_position if way.position is None else way.position
-            first, seen = way.embed(x).tensor_split([-part.keep.shape[1]], dim=1)  # first: CLS
-            visible += [first, seen + take(position, part.keep)]
+            cls, kept_ones = way.embed(x).tensor_split([-part.keep.shape[1]], dim=1)  # words have no CLS
+            visible += [cls, kept_ones + take(position, part.keep)]
             removed += [way.mask_token + take(position, part.gone)]
         x, rows = torch.cat(visible, dim=1), torch.cat(removed, dim=1)
-        valid, first = [part.seen for part, *_ in parts], 0
+        valid, start = [part.seen for part, *_ in parts], 0
         if not self.cross:  # as MAE and M3AE; the last block computes what is asked for alone
-            x, first = torch.cat([x, rows], dim=1), len(self.blocks) - 1
+            x, start = torch.cat([x, rows], dim=1), len(self.blocks) - 1
             valid += [part.asked for part, *_ in parts]
         valid = torch.cat(valid, dim=1) if text else None  # patches are never padding
-        for block in self.blocks[:first]:
+        for block in self.blocks[:start]:
             x = block(x, valid)
-        rows = rows if self.cross else x[:, -rows.shape[1]:]
-        for block in self.blocks[first:]:
+        rows = rows if self.cross else x[:, x.shape[1] - rows.shape[1]:]  # as these blocks made them
+        for block in self.blocks[start:]:
             rows = block(x, valid, rows)
         rows = self.norm(rows)
         for part, way, _ in parts:
@@ -412,6 +413,9 @@ class MAECLIP(nn.Module):
     """The five methods over one set of parts; see METHODS and Config."""
     def __init__(self, config):
         super().__init__()
+        if sys.platform == "linux":  # else glibc returns memory after each step, for the next to fault in
+            ctypes.CDLL(None).mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its most
+            ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         self.config, self.patches = config, (config.image_size // config.patch_size) ** 2
         D, m3ae, terms = config.width, config.method == "m3ae", config.weights()  # without weight: not built
         seed = int(torch.randint(2**31, (), device="cpu"))  # before the parts draw what initialise overwrites
@@ -447,7 +451,7 @@ class MAECLIP(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
     def drawn(self, images, tokens, *noise):
-        """The same with the masks' noise, (B,N) and (B,T), drawn from torch's generator where it is None."""
+        """Its arguments, with noise (B,N) and (B,T) for the masks drawn from torch's generator where None."""
         sizes = (len(images), self.patches), tokens.shape
         return images, tokens, *(torch.rand(size, device=images.device) if x is None else x
                                  for x, size in zip(noise, sizes, strict=True))
@@ -537,10 +541,6 @@ class MAECLIP(nn.Module):
         return out
 
 # === Training: optimiser, checkpoints, data, the loop, the command line ===================================
-if sys.platform == "linux":  # or glibc gives memory back after a step and faults it in again in the next
-    ctypes.CDLL(None).mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its most
-    ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-
 # What may differ between a run and its continuation with --resume; all else must be the same.
 MAY_CHANGE = set("out resume device precision compile log_every save_every data eval_data workers stop_after "
                  "tokenizer vocab_size accumulate grad_checkpoint".split())
@@ -552,8 +552,8 @@ def learning_rate(step, config):
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.lr * (1 + math.cos(math.pi * progress)) / 2
 
-class Muon(torch.optim.AdamW):
-    """AdamW, but the first group's matrices move along their orthogonalised momentum (Jordan et al. 2024)."""
+class Muon(torch.optim.AdamW):  # Jordan et al. 2024
+    """AdamW, but the first group's matrices move along their orthogonalised momentum, at 5 times the rate."""
     @torch.no_grad()
     def step(self):
         """One step; where found_inf is 1 none of it is taken."""
@@ -806,7 +806,7 @@ def train(config):
     if rank == 0 and loader.report():
         print(loader.report())
     if rank == 0 and (number or step < config.steps):
-        again = shlex.join("pipe:..." if "pipe:" in x else x for x in sys.argv[1:] if x != "--resume")
+        again = shlex.join(re.sub("pipe:.*", "pipe:...", x) for x in sys.argv[1:] if x != "--resume")
         print(f"stopped and saved at step {step:,}; go on with: python mae_clip.py {again} --resume")
     elif rank == 0:
         results = evaluate(model, loader.tokenizer, config.eval_data, out) if sets else {}

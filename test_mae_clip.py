@@ -1040,7 +1040,7 @@ def test_the_suite_sets_checkpoints_side_by_side_with_chance_and_intervals(train
     twin, state = tmp_path / f"{names[0]}-1" / trained[0].name, torch.load(trained[0])
     torch.save(state | {"config": state["config"] | {"seed": 1}}, twin)  # so the two share a column
     evaluation.main(["knn", *map(str, [twin, *trained, "--data", folder])])
-    assert capsys.readouterr().out.splitlines()[0].split("  ")[5] == f"{names[0]}* (2 runs)"
+    assert capsys.readouterr().out.splitlines()[0].split("  ")[5] == f"{names[0]}-1 + {names[0]}"
 
 def test_what_eval_cannot_use_is_refused_in_one_line(trained, tmp_path, capsys):
     (clip, mae), bad = trained, tmp_path / "bad.pt"
@@ -1051,7 +1051,7 @@ def test_what_eval_cannot_use_is_refused_in_one_line(trained, tmp_path, capsys):
             evaluation.main([str(word) for word in words])
         said = capsys.readouterr().err.splitlines()
         assert end.value.code == 2 and len(said) == 1 and says in said[0], said
-    refused("text tower", "zero-shot", mae, "--data", folder)
+    refused("zero_shot of mae", "zero-shot", mae, "--data", folder)
     refused("bad.pt", "knn", bad, "--data", folder)
     refused("bad.pt", "zero-shot", clip, bad, "--labels", "a,b")
     torch.save(torch.load(clip) | {"model": torch.load(mae)["model"]}, bad)
