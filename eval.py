@@ -406,7 +406,7 @@ def format_table(rows, style="text"):
 
 def suite(checkpoints, datasets, tasks, style="text", device="cpu", untrained=False):
     """Every task that applies, for each checkpoint and maybe a new model, with chance and 95 % intervals ->
-    table. Runs that differ in their seed alone share a column; of two with the same seeds there is the lead."""
+    table. Runs that differ in their seed alone share a column; of two with equal seeds there is the lead."""
     found, columns, folders = {}, {}, [Path(path).resolve().parent.name for path in checkpoints]
     for path, folder in [*zip(checkpoints, folders, strict=True), *[(None, "untrained")] * untrained]:
         model, tokenizer, config = mae_clip.load(path or checkpoints[0], device)
