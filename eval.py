@@ -190,7 +190,7 @@ def knn(train_x, train_y, test_x, test_y, k=20, temperature=0.07, each=False):
 EvalSet = namedtuple("EvalSet", "name source classes templates unseen", defaults=([], [], []))
 
 def open_sets(source, structured=False):
-    """A SET -> list of EvalSets: of the built-in data objects, scenes and, if `structured`, three more."""
+    """A SET -> EvalSets: 2, or 5 if `structured`, of the built-in data; ValueError for unfit names."""
     folder = Path(source)
     if (folder / "objects").is_dir():
         names = ("objects", "count", "position", "relation") if structured else ("objects",)
@@ -421,8 +421,8 @@ def suite(checkpoints, datasets, tasks, style="text", device="cpu", untrained=Fa
             for task, scores in measure(model, tokenizer, dataset, tasks, path).items():
                 for name, score in scores.items():
                     found.setdefault((dataset.name, task, name), {}).setdefault(column, []).append(score)
-    if not found:
-        raise ValueError(f"--data: none given, or nothing in it fits {tasks[0]} of {config.method}")
+        if path and not any(column in scores for scores in found.values()):
+            raise ValueError(f"{path}: no --data for {tasks[0]}: needs a text tower, train split or decoder")
     names = {column: " + ".join(runs.values()) for column, runs in columns.items()}
     pair, head = [*columns][: len(columns) - untrained], ["set", "task", "measure", "images", "chance"]
     even = len(pair) == 2 and [*columns[pair[0]]] == [*columns[pair[1]]]  # the same seeds in the same order
