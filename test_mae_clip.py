@@ -1194,7 +1194,7 @@ def test_training_across_two_processes_in_pieces_equals_one(tmp_path):
 
 def test_every_flag_is_in_the_readmes_table_and_the_other_way_round():
     fields = {field.name.replace("_", "-") for field in dataclasses.fields(Config)}
-    rows = re.findall(r"^\| (`--.*?) \|", (HERE / "README.md").read_text(), flags=re.MULTILINE)
-    assert set(re.findall(r"`--([a-z-]+)`", " ".join(rows))) == fields
+    first = re.findall(r"^\| .*? \|", (HERE / "README.md").read_text().split("## Flags")[1], re.MULTILINE)
+    assert sorted(re.findall(r"`--([a-z-]+)`", " ".join(first))) == sorted(fields)
     said = run("--help").stdout
     assert all(f"--{field}" in said for field in fields)
