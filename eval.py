@@ -1,600 +1,953 @@
-"""Evaluation whose numbers agree with CLIP_benchmark's and scikit-learn's: features in, numbers out.
+"""Evaluation: features in, numbers out, counted as CLIP_benchmark and scikit-learn count them.
 
-    python eval.py zero-shot CHECKPOINT --data SET                   also retrieval, linear-probe, knn
+    python eval.py zero-shot CHECKPOINT --data SET        also retrieval, linear-probe, knn
     python eval.py zero-shot CHECKPOINT photo.jpg --labels "a dog,a cat"
-    python eval.py reconstruct CHECKPOINT --data SET --out picture.png
-    python eval.py suite CHECKPOINT... --data SET... --untrained     all that applies, side by side
-    python eval.py benchmark --scale base --method clip       speed; takes the flags of mae_clip.py
+    python eval.py reconstruct CHECKPOINT --data SET      a picture of what is predicted
+    python eval.py suite CHECKPOINT... --data SET::SET    all that applies, side by side
+    python eval.py benchmark --scale base --method clip   speed; takes the flags of mae_clip.py
 
-A SET is a folder in CLIP_benchmark's webdataset layout (test/0.tar ..., test/nshards.txt, classnames.txt),
-captioned shards, or the folder of the built-in data. Images are encoded whole, in eval mode, with the model's
-own pooling; rates lie in 0..1. Shapes: n images, m texts, D width, E embedding, C classes.
+A CHECKPOINT is a file or a run's folder, whose newest one counts. A SET is a folder in
+CLIP_benchmark's layout (test/0.tar ..., test/nshards.txt, classnames.txt), captioned shards, or the
+built-in data's folder. Images are encoded whole, in eval mode, with the model's own pooling.
+Rates lie in 0..1. Letters: n images, m texts, D width, E embedding, C classes, S pixels a side.
 """
 
 import argparse
-import hashlib
-import itertools
 import json
 import math
-import os
 import sys
 import textwrap
 import time
-from collections import namedtuple
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 import mae_clip
+from data import DataError
 
-TASKS = "zero_shot", "retrieval", "linear_probe", "knn", "reconstruction"
-BLOCK = 2**26  # entries of a score matrix held at once, so that memory does not grow with the test set
-STUDENT = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # 97.5 % quantiles of t, 1 to 9 degrees
+BLOCK = 2**26  # entries of a score matrix held at once: memory does not grow with the test set
 
-# --- Pure functions of features; with `each` they give every test item's hit in place of the rate ---------
-def as_features(x, name):
+
+# --- Functions of features ------------------------------------------------------------------------
+def as_features(values, name):
     """Array or tensor (n,D) -> float32 or float64 tensor; ValueError where it is not finite."""
-    x = mae_clip.wide(torch.as_tensor(x))
-    if x.ndim != 2 or not len(x) or not x.isfinite().all():
-        raise ValueError(f"{name}: must be finite numbers (n, D) with n > 0, found shape {tuple(x.shape)}")
-    return x
+    features = mae_clip.at_least_float32(torch.as_tensor(values))
+    if features.ndim != 2 or len(features) == 0 or not features.isfinite().all():
+        shape = tuple(features.shape)
+        raise ValueError(f"{name}: must be finite numbers (n, D) with n > 0, found shape {shape}")
+    return features
 
-def as_labels(y, n, classes, name):
-    """Array or tensor (n,) of indices 0 ... classes-1 -> int64 tensor; ValueError where they don't fit."""
-    y = torch.as_tensor(y)
-    if classes < 2:
-        raise ValueError(f"{name}: one class, so there is nothing to tell apart; needs at least 2")
-    if y.is_floating_point() or y.shape != (n,) or y.min() < 0 or y.max() >= classes:
-        raise ValueError(f"{name}: must be {n} integers in 0 ... {classes - 1}, found {y}")
-    return y.long()
 
-def zero_shot(image_features, class_features, labels, each=False):
+def as_labels(values, count, classes, name):
+    """Array or tensor (n,) of indices 0 ... classes-1 -> int64; ValueError where they don't fit."""
+    labels = torch.as_tensor(values)
+    whole = labels.shape == (count,) and not labels.is_floating_point()
+    if classes < 2 or not whole or labels.min() < 0 or labels.max() >= classes:
+        wanted = f"{count} integers in 0 ... {classes - 1}, of two classes or more"
+        raise ValueError(f"{name}: must be {wanted}, found {str(labels.tolist())[:60]}")
+    return labels.long()
+
+
+def rate(hits):
+    """bool (n,) -> the share that is True."""
+    return hits.double().mean().item()
+
+
+def zero_shot_hits(image_features, class_features, labels):
+    """What zero_shot counts, for each image -> {measure: bool (n,)}."""
+    images = as_features(image_features, "image features")
+    classes = as_features(class_features, "class features")
+    labels = as_labels(labels, len(images), len(classes), "labels")
+    k = 5 if len(classes) >= 5 else 1
+    hits = defaultdict(list)
+    for rows in torch.arange(len(images)).split(BLOCK // len(classes) + 1):
+        logits = 100.0 * images[rows] @ classes.T
+        found = logits.topk(k).indices == labels[rows, None]
+        # Accuracies by topk, recall by argmax, as in CLIP_benchmark: ties may fall differently.
+        hits["acc1"].append(found[:, 0])
+        hits["acc5"].append(found.any(dim=1))
+        hits["mean_per_class_recall"].append(logits.argmax(dim=1) == labels[rows])
+    return {name: torch.cat(parts) for name, parts in hits.items()}
+
+
+def zero_shot(image_features, class_features, labels):
     """Classification by the nearest class feature, counted as CLIP_benchmark does, ties included.
-    image_features (n,E) and class_features (C,E) of unit norm, labels (n,) -> {acc1, acc5 (NaN below five
-    classes), mean_per_class_recall (over the classes that occur)}; ValueError for labels that don't fit."""
-    x, c = as_features(image_features, "image features"), as_features(class_features, "class features")
-    y, k, parts = as_labels(labels, len(x), len(c), "labels"), 5 if len(c) >= 5 else 1, []
-    for rows in torch.arange(len(x)).split(BLOCK // len(c) + 1):
-        logits, label = 100.0 * x[rows] @ c.T, y[rows][:, None]
-        # Accuracies from topk, recall from argmax, as in CLIP_benchmark: they may break ties differently.
-        parts.append(torch.cat([logits.topk(k).indices, logits.argmax(dim=1, keepdim=True)], dim=1) == label)
-    hit = torch.cat(parts)
-    hits = {"acc1": hit[:, 0], "acc5": hit[:, :k].any(dim=1), "mean_per_class_recall": hit[:, k]}
-    if each:
-        return hits
-    count, right = (torch.bincount(labels, minlength=len(c)) for labels in (y, y[hit[:, k]]))
-    acc1, acc5 = (hits[name].sum().item() / len(x) for name in ("acc1", "acc5"))
-    recall = (right / count.double())[count > 0].mean().item()
-    return {"acc1": acc1, "acc5": acc5 if k == 5 else math.nan, "mean_per_class_recall": recall}
 
-def retrieval(image_features, text_features, image_of_text, each=False):
-    """Recall@1, 5, 10 in CLIP_benchmark's meaning: image_retrieval, for each text, is its image among the
-    first k; text_retrieval, for each image, is any of its texts among the first k.
-    image_features (n,E), text_features (m,E), image_of_text (m,) -> {image_retrieval_recall@k, ...}."""
-    images, texts = as_features(image_features, "images"), as_features(text_features, "texts")
-    n, m, hits = len(images), len(texts), {}
+    image_features (n,E), class_features (C,E) of unit norm, labels (n,) -> {acc1, acc5 (NaN below
+    five classes), mean_per_class_recall (of the classes that occur)}; ValueError for labels that
+    don't fit.
+    """
+    hits = zero_shot_hits(image_features, class_features, labels)
+    labels = torch.as_tensor(labels)
+    recalls = [rate(hits["mean_per_class_recall"][labels == label]) for label in labels.unique()]
+    return {
+        "acc1": rate(hits["acc1"]),
+        "acc5": rate(hits["acc5"]) if len(class_features) >= 5 else math.nan,
+        "mean_per_class_recall": sum(recalls) / len(recalls),
+    }
+
+
+def retrieval_hits(image_features, text_features, image_of_text):
+    """What retrieval counts -> {measure: bool, (m,) of image_retrieval, (n,) of text_retrieval}."""
+    images = as_features(image_features, "image features")
+    texts = as_features(text_features, "text features")
+    n = len(images)
+    m = len(texts)
     if min(n, m) < 10:
-        raise ValueError(f"retrieval: recall@10 needs as many images and texts, found {n} and {m}")
-    owner, number = as_labels(image_of_text, m, n, "image of text"), torch.arange(n, device=images.device)
-    sides = ("image", torch.arange(m).split(BLOCK // n + 1)), ("text", torch.arange(n).split(BLOCK // m + 1))
-    for side, rows in [(side, rows) for side, parts in sides for rows in parts]:
-        scores = texts[rows] @ images.T if side == "image" else (texts @ images[rows].T).T
+        raise ValueError(f"recall@10 needs 10 images and 10 texts, found {n} and {m}")
+    owner = as_labels(image_of_text, m, n, "image of text")
+    hits = defaultdict(list)
+    for rows in torch.arange(m).split(BLOCK // n + 1):
+        scores = texts[rows] @ images.T
         for k in (1, 5, 10):  # a topk for each: ties at its edge fall as in CLIP_benchmark
-            top = scores.topk(k, dim=1).indices
-            hit = top == owner[rows][:, None] if side == "image" else owner[top] == number[rows][:, None]
-            hits.setdefault(f"{side}_retrieval_recall@{k}", []).append(hit.any(dim=1))
-    hits = {name: torch.cat(parts) for name, parts in hits.items()}
-    return hits if each else {name: hit.float().mean().item() for name, hit in hits.items()}
+            found = scores.topk(k, dim=1).indices == owner[rows, None]
+            hits[f"image_retrieval_recall@{k}"].append(found.any(dim=1))
+    for rows in torch.arange(n).split(BLOCK // m + 1):
+        scores = (texts @ images[rows].T).T
+        for k in (1, 5, 10):
+            found = owner[scores.topk(k, dim=1).indices].cpu() == rows[:, None]
+            hits[f"text_retrieval_recall@{k}"].append(found.any(dim=1))
+    return {name: torch.cat(parts) for name, parts in hits.items()}
 
-@torch.no_grad()
+
+def retrieval(image_features, text_features, image_of_text):
+    """Recall@k for k = 1, 5, 10 in CLIP_benchmark's meaning: image_retrieval, for each text, is its
+    image among the first k; text_retrieval, for each image, is any of its texts among the first k.
+
+    image_features (n,E), text_features (m,E), image_of_text (m,) -> {image_retrieval_recall@k,
+    text_retrieval_recall@k}; ValueError below ten images or texts.
+    """
+    hits = retrieval_hits(image_features, text_features, image_of_text)
+    return {name: rate(hit) for name, hit in hits.items()}
+
+
+def descend(features, labels, weight, l2, tolerance):
+    """Up to 40 steps of L-BFGS on fit_linear's objective -> the new weight and the objective there.
+
+    features (n,D+1), a column of ones last; weight (C,D+1), the intercept last. The unknowns are
+    changed to some in which the Hessian at the start (the mean of its classes' blocks) is the
+    identity: so the steps are few, however the features are scaled and correlated.
+    """
+    probability = (features @ weight.T).softmax(dim=1)
+    doubt = (probability * (1 - probability)).mean(dim=1, keepdim=True)
+    hessian = (features.T @ (doubt * features)).double() / len(features)
+    diagonal = hessian.diagonal()
+    diagonal[:-1] += l2
+    diagonal *= 1 + 100 * torch.finfo(features.dtype).eps  # full rank at any scale, though rounded
+    diagonal += 1e-30
+    root = torch.linalg.cholesky(hessian)
+    back = torch.linalg.inv(root).to(features)
+    features = features @ back.T
+    unknown = (weight.double() @ root).to(features).requires_grad_()  # weight = unknown @ back
+
+    def objective():
+        unknown.grad = None
+        penalty = (unknown @ back)[:, :-1].square().sum()
+        value = F.cross_entropy(features @ unknown.T, labels) + l2 / 2 * penalty
+        value.backward()
+        return value
+
+    optimizer = torch.optim.LBFGS(
+        [unknown],
+        max_iter=40,
+        tolerance_grad=0,
+        tolerance_change=0.1 * tolerance * objective().item(),
+        line_search_fn="strong_wolfe",
+    )
+    optimizer.step(objective)
+    return unknown.detach() @ back, objective().item()
+
+
 def fit_linear(x, y, classes, l2, start=None, tolerance=1e-8):
-    """Multinomial logistic regression: minimises mean cross-entropy + l2/2 |W|^2, the intercept free and
-    nothing standardised, by Newton steps until one has promised to gain less than `tolerance` of the value.
-    x (n,D), y (n,) -> weight (C,D), bias (C,); start: a pair to begin from; scikit-learn's C is 1/(n l2)."""
+    """Multinomial logistic regression: minimises mean cross-entropy + l2/2 |W|^2, the intercept
+    free, nothing standardised, until 40 more steps gain less than `tolerance` of the objective.
+
+    x (n,D), y (n,) -> weight (C,D), bias (C,); start: such a pair to begin from. scikit-learn's C
+    is 1/(n l2), and for two classes, where it fits their difference alone, 2/(n l2).
+    """
     given = as_features(x, "features")
-    y = as_labels(y, len(given), classes, "labels").to(given.device)
-    x = given.double() if given.numel() * classes < 2**28 else given  # where float64 costs little
-    (n, D), mean, hot = x.shape, x.mean(dim=0), F.one_hot(y, classes).to(x)
-    x = x - mean  # changes the intercept only
-    hessian = (x.T @ x).double() / n * (classes - 1) / classes**2
-    hessian.diagonal().mul_(1 + 100 * torch.finfo(x.dtype).eps).add_(l2 + 1e-30)  # full rank, at any scale
-    # W is sought in a basis in which the Hessian at W = 0 is the identity: W = v[:, :D] @ to_weight.
-    lower, to_bias = torch.linalg.cholesky(hessian), classes / (classes - 1) ** 0.5
-    to_weight = torch.linalg.solve_triangular(lower, torch.eye(D).to(lower), upper=False)
-    penalty = F.pad(l2 * to_weight @ to_weight.T, (0, 1, 0, 1)).to(x)
-    to_weight, v = to_weight.to(x), x.new_zeros(classes, D + 1)
-    x = F.pad(x @ to_weight.T, (0, 1), value=to_bias)
+    labels = as_labels(y, len(given), classes, "labels").to(given.device)
+    features = given
+    if given.numel() * classes < 2**28:  # where float64 costs little
+        features = given.double()
+    mean = features.mean(dim=0)
+    features = F.pad(features - mean, (0, 1), value=1.0)  # centred: changes the intercept alone
+    weight = features.new_zeros(classes, features.shape[1])
     if start is not None:
-        bias = (start[1] + start[0] @ mean.to(start[0])) / to_bias
-        v = torch.cat([start[0].to(lower) @ lower, bias[:, None]], dim=1).to(x)
-    def evaluate(v):  # -> objective, gradient (C,D+1), probabilities (n,C)
-        logits = x @ v.T
-        value, p = F.cross_entropy(logits, y) + (v @ penalty * v).sum() / 2, logits.softmax(dim=1)
-        return value.item(), (p - hot).T @ x / n + v @ penalty, p
-    def curvature(p, d):  # the Hessian, where the probabilities are p, times d (C,D+1)
-        change = p * (x @ d.T)
-        return (change - p * change.sum(dim=1, keepdim=True)).T @ x / n + d @ penalty
-    (value, slope, p), gain = evaluate(v), math.inf
-    while value > 1e-9 and gain > tolerance * value:  # with l2 = 0 the value may go on towards 0
-        step, rest, square = torch.zeros_like(v), -slope, slope.square().sum()
-        d, enough = rest, 0.1 * square
-        for _ in range(250):  # Newton's step, roughly, by conjugate gradients
-            bent = curvature(p, d)
-            length = square / (d * bent).sum().clamp(min=1e-30)
-            step, rest, before = step + length * d, rest - length * bent, square
-            square = rest.square().sum()
-            if not square > enough:
-                break
-            d = rest + square / before * d
-        gain, size = -(slope * step).sum().item(), 1.0
-        while (new := evaluate(v + size * step))[0] > value - 1e-4 * size * gain and size > 1e-3:
-            size /= 2
-        if not new[0] < value:  # it is as good as its precision allows
+        weight[:, :-1] = start[0]
+        weight[:, -1] = start[1] + start[0] @ mean.to(start[0])
+    value = math.inf
+    while value > 1e-12:  # with l2 = 0 it may go on towards 0
+        better, better_value = descend(features, labels, weight, l2, tolerance)
+        if not better_value < (1 - tolerance) * value:
             break
-        v, (value, slope, p) = v + size * step, new
-    weight = v[:, :D] @ to_weight
-    return weight.to(given), (v[:, D] * to_bias - weight @ mean).to(given)
+        weight = better
+        value = better_value
+    bias = weight[:, -1] - weight[:, :-1] @ mean
+    return weight[:, :-1].to(given), bias.to(given)
+
 
 def check_split(train_x, train_y, test_x, test_y):
-    """Two labelled sets of features -> their four tensors and the number of classes, or ValueError."""
-    x, test_x = as_features(train_x, "train features"), as_features(test_x, "test features")
+    """Two labelled sets of features -> their four tensors, and the number of classes."""
+    x = as_features(train_x, "train features")
     y = as_labels(train_y, len(x), 2**31, "train labels")
     classes = int(y.max()) + 1
-    if y.min() == y.max() or x.shape[1] != test_x.shape[1]:
-        raise ValueError(f"probe: needs 2 classes and one width, found {x.shape[1]} and {test_x.shape[1]}")
-    return x, y, test_x.to(x), as_labels(test_y, len(test_x), classes, "test labels"), classes
+    test_x = as_features(test_x, "test features").to(x)
+    test_y = as_labels(test_y, len(test_x), classes, "test labels")
+    return x, y, test_x, test_y, classes
 
-def linear_probe(train_x, train_y, test_x, test_y, seed=0, each=False):
-    """Logistic regression on frozen features. Its l2 is chosen on a held-out fifth of train (at most 10,000
-    images), to a decade with 20,000 images to fit on, then to half of one with 40,000; then all of train is
-    refitted. x (n,D), y (n,) -> {acc1, l2, held_out_acc1}; ValueError for labels that don't fit."""
-    x, y, test_x, test_y, classes = check_split(train_x, train_y, test_x, test_y)
+
+def choose_l2(x, y, classes, seed):
+    """The penalty whose fit on 20,000 images at most is best on a held-out fifth of train, 10,000
+    images at most: to a decade, then to half of one -> (accuracy and loss there, l2, the fit)."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x))).to(x.device)
-    held, rest = order.tensor_split([min(max(1, len(x) // 5), 10_000)])
-    l2, fit = max(x.var(dim=0).sum().item(), 1e-12), None  # the grid follows the scale of x
-    for count, steps in ((20_000, range(-1, -8, -1)), (40_000, (0.5, 0, -0.5))):
-        tried, part, middle = [], rest[:count], l2
-        for step in steps:  # each fit starts from the last
-            fit = fit_linear(x[part], y[part], classes, middle * 10.0**step, fit, tolerance=1e-3)
-            hits = (x[held] @ fit[0].T + fit[1]).argmax(dim=1) == y[held]
-            tried.append((hits.double().mean().item(), middle * 10.0**step, fit))
-        accuracy, l2, fit = max(tried, key=lambda trial: trial[0])  # among equals the largest l2
+    held_out, rest = order.tensor_split([min(max(1, len(x) // 5), 10_000)])
+    part = rest[:20_000]
+
+    def attempt(l2, start):
+        weight, bias = fit_linear(x[part], y[part], classes, l2, start, tolerance=1e-3)
+        logits = x[held_out] @ weight.T + bias
+        accuracy = rate(logits.argmax(dim=1) == y[held_out])
+        return accuracy, F.cross_entropy(logits, y[held_out]).item(), l2, (weight, bias)
+
+    # Above the features' whole variance a penalty only shrinks the weights: the grid begins there.
+    # It goes on downwards until two decades better neither accuracy nor loss.
+    trials = [attempt(max(x.var(dim=0).sum().item(), 1e-12), None)]
+    best = lowest = trials[0]
+    while len(trials) < 8 or best in trials[-2:] or lowest in trials[-2:]:
+        *_, l2, fit = trials[-1]
+        trials.append(attempt(l2 / 10, fit))
+        best = max(trials, key=lambda trial: trial[0])  # among equals the largest penalty
+        lowest = min(trials, key=lambda trial: trial[1])
+    *_, l2, fit = best
+    refined = [attempt(l2 * 10**0.5, fit), best, attempt(l2 / 10**0.5, fit)]
+    return max(refined, key=lambda trial: trial[0])
+
+
+def linear_probe(train_x, train_y, test_x, test_y, seed=0):
+    """Logistic regression on frozen features. Its penalty is chosen on a part of train that is held
+    out by the seed; then all of train is fitted.
+
+    x (n,D), y (n,) -> {acc1, l2, held_out_acc1, hits: bool, one a test image}; ValueError for
+    labels that don't fit.
+    """
+    x, y, test_x, test_y, classes = check_split(train_x, train_y, test_x, test_y)
+    held_out, _, l2, fit = choose_l2(x, y, classes, seed)
     weight, bias = fit_linear(x, y, classes, l2, fit, tolerance=1e-4)
     hits = (test_x @ weight.T + bias).argmax(dim=1) == test_y
-    return hits if each else {"acc1": hits.double().mean().item(), "l2": l2, "held_out_acc1": accuracy}
+    return {"acc1": rate(hits), "l2": l2, "held_out_acc1": held_out, "hits": hits}
 
-def knn(train_x, train_y, test_x, test_y, k=20, temperature=0.07, each=False):
-    """Vote of the k training images of largest cosine, weighted by exp(cosine / temperature) (as in DINO).
-    x (n,D), y (n,) -> {acc1}; ValueError for labels that don't fit and for fewer training images than k."""
+
+def knn(train_x, train_y, test_x, test_y, k=20, temperature=0.07):
+    """Vote of the k training images of largest cosine, weighted by exp(cosine / temperature), as in
+    DINO.
+
+    x (n,D), y (n,) -> {acc1, hits: bool, one a test image}; ValueError for labels that don't fit
+    and for fewer training images than k.
+    """
     x, y, test_x, test_y, classes = check_split(train_x, train_y, test_x, test_y)
     if not 1 <= k <= len(x):
-        raise ValueError(f"k-NN: k must lie in 1 ... {len(x)}, the number of training images, found {k}")
-    x, test_x, hits = F.normalize(x, dim=1), F.normalize(test_x, dim=1), []
+        raise ValueError(f"k: must lie in 1 ... {len(x)}, the number of training images, found {k}")
+    x = F.normalize(x, dim=1)
+    test_x = F.normalize(test_x, dim=1)
+    hits = []
     for rows in torch.arange(len(test_x)).split(BLOCK // (len(x) + classes) + 1):
         cosine, index = (test_x[rows] @ x.T).topk(k, dim=1)
-        vote = ((cosine - cosine[:, :1]) / temperature).exp()  # less the nearest's, so that none overflows
-        votes = vote.new_zeros(len(vote), classes).scatter_add_(1, y[index], vote)
+        # Without the nearest one's cosine, so that no exponential overflows.
+        weight = ((cosine - cosine[:, :1]) / temperature).exp()
+        votes = weight.new_zeros(len(rows), classes).scatter_add_(1, y[index], weight)
         hits.append(votes.argmax(dim=1) == test_y[rows])
-    return torch.cat(hits) if each else {"acc1": torch.cat(hits).double().mean().item()}
+    hits = torch.cat(hits)
+    return {"acc1": rate(hits), "hits": hits}
 
-# --- Data sets and features -------------------------------------------------------------------------------
-# Captioned shards, or a labelled folder; unseen: the classes that captioned training never showed, if known.
-EvalSet = namedtuple("EvalSet", "name source classes templates unseen", defaults=([], [], []))
 
-def open_sets(source, structured=False):
-    """A SET -> EvalSets: 2, or 5 if `structured`, of the built-in data; ValueError for unfit names."""
-    folder = Path(source)
-    if (folder / "objects").is_dir():
-        names = ("objects", "count", "position", "relation") if structured else ("objects",)
-        return [*(open_sets(folder / name)[0] for name in names), EvalSet("scenes", f"{folder}/dev-*.tar")]
-    if not folder.is_dir():
-        data.expand(source)  # which raises where there is no such shard
-        return [EvalSet("/".join(folder.parts[-2:]), source)]
-    def lines(name, default=""):
-        text = (folder / name).read_text(encoding="utf-8") if (folder / name).exists() else default
-        return [line.strip() for line in text.rstrip().splitlines()]
-    classes, unseen = lines("classnames.txt"), [int(line) for line in lines("unseen.txt")]
-    templates = lines("zeroshot_classification_templates.txt", "a photo of a {c}.")
-    count = "".join(lines("test/nshards.txt"))
-    if not classes and count.isdecimal():
-        return [EvalSet(folder.name, f"{folder}/test/{{0..{int(count) - 1}}}.tar")]
+# --- Data sets ------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class EvalSet:
+    """Captioned shards; or a labelled folder, with classes, templates with {c} for their names, and
+    which classes captioned training never showed (unseen), where that is known."""
+
+    source: str  # its folder, or its shards
+    classes: tuple = ()
+    templates: tuple = ()
+    unseen: tuple = ()
+
+    def samples(self, split):
+        """-> iterator of (key, image bytes, class or list of captions)."""
+        if self.classes:
+            return data.labelled(self.source, split)
+        return data.captioned(self.source)
+
+
+def open_folder(folder):
+    """A folder in CLIP_benchmark's layout, labelled or captioned -> EvalSet; else DataError."""
+
+    def lines(name):
+        path = folder / name
+        text = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+        return [line.strip() for line in text.split("\n") if text]
+
+    classes = lines("classnames.txt")
+    shards = "".join(lines("test/nshards.txt"))
+    if not classes and shards.isdecimal():
+        return EvalSet(f"{folder}/test/{{0..{int(shards) - 1}}}.tar")
     if len(classes) < 2:
-        raise ValueError(f"{folder}: needs 2 lines in classnames.txt, or test/nshards.txt and captions")
-    if not all("{c}" in template for template in templates or [""]):
-        raise ValueError(f"{folder}: every line of its templates needs {{c}}, where the class name goes")
-    return [EvalSet(folder.name, str(folder), classes, templates, unseen)]
+        needs = "2 lines in classnames.txt, or captions and test/nshards.txt"
+        raise DataError(f"{folder}: is no test set, which needs {needs}; or name its shards")
+    templates = lines("zeroshot_classification_templates.txt") or ["a photo of a {c}."]
+    for template in templates:
+        if "{c}" not in template:
+            raise DataError(f"{folder}: template {template!r} lacks {{c}}, the class name's place")
+    unseen = [int(line) for line in lines("unseen.txt")]
+    return EvalSet(str(folder), classes, templates, unseen)
 
-def read_image(where, size, sample):
-    """sample: key, image bytes, ... -> uint8 (3,S,S); ValueError, that names it, where there is no image."""
-    name, content = where + sample[0], sample[1]
+
+def open_sets(sources, structured=False):
+    """SETs joined by `::` -> list of EvalSets; the built-in data are 2, or 5 if `structured`."""
+    sets = []
+    for source in filter(None, sources.split("::")):
+        folder = Path(source)
+        if (folder / "objects").is_dir():  # the built-in data
+            names = ["objects", "count", "position", "relation"] if structured else ["objects"]
+            sets += [open_folder(folder / name) for name in names]
+            sets.append(EvalSet(f"{folder}/dev-*.tar"))
+        elif folder.is_dir():
+            sets.append(open_folder(folder))
+        else:
+            data.expand(source)  # which raises where there is no such shard
+            sets.append(EvalSet(source))
+    return sets
+
+
+# --- Features -------------------------------------------------------------------------------------
+def read_image(size, where, sample):
+    """A sample (key, image bytes, ...) -> uint8 (3,S,S); DataError, with its name, if damaged."""
     try:
-        return torch.as_tensor(data.preprocess(data.decode(content), size))
-    except Exception as error:  # whatever a damaged image raises
-        raise ValueError(f"{name}: {error if content else 'there is no image'}") from error
+        return data.preprocess(data.decode(sample[1]), size)
+    except DataError as error:
+        raise DataError(f"{where}: {sample[0]}: {error}") from None
 
-def image_batches(dataset, split, size, limit=None, batch=256):
-    """Decodes, in threads, a batch ahead -> iterator of (uint8 (B,3,S,S), B labels or lists of captions)."""
-    source = data.labelled(dataset.source, split) if dataset.classes else data.captioned(dataset.source)
-    source = tqdm(itertools.islice(source, limit), f"{dataset.name} {split}", leave=False, disable=None)
-    with ThreadPoolExecutor() as pool, source:
-        samples, ahead, read = iter(source), None, partial(read_image, f"{dataset.source}: ", size)
-        while (part := list(itertools.islice(samples, batch))) or ahead:
-            ready, ahead = ahead, part and (pool.map(read, part), [target for *_, target in part])
-            if ready:
-                yield torch.stack([*ready[0]]), ready[1]
+
+def image_batches(dataset, split, size, limit=None):
+    """Yields (uint8 (B,3,S,S), list of B targets), decoded in threads."""
+    samples = tqdm(dataset.samples(split), f"{dataset.source} {split}", leave=False, disable=None)
+    samples = islice(samples, limit)
+    with ThreadPoolExecutor() as pool:
+        while batch := list(islice(samples, 256)):
+            images = list(pool.map(partial(read_image, size, dataset.source), batch))
+            yield torch.stack(images), [target for _, _, target in batch]
+
 
 @torch.no_grad()
 def encode_texts(model, tokenizer, texts):
     """Strings -> (m,E) unit-norm features on the CPU."""
-    device, context = next(model.parameters()).device, model.config.context
-    parts = [tokenizer.batch(texts[i : i + 1024], context) for i in range(0, len(texts), 1024)]
-    return torch.cat([model.encode_text(part.to(device)).cpu() for part in parts])
+    device = next(model.parameters()).device
+    tokens = tokenizer.batch(texts, model.config.context)
+    return torch.cat([model.encode_text(part.to(device)).cpu() for part in tokens.split(1024)])
 
-def class_features(model, tokenizer, classes, templates):
-    """(C,E): for each class the mean of its prompts' unit-norm features, normalised again (as in CLIP)."""
+
+def encode_classes(model, tokenizer, classes, templates):
+    """(C,E): for each class the mean of its prompts' features, normalised again (as in CLIP)."""
     texts = [template.replace("{c}", name) for name in classes for template in templates]
     features = encode_texts(model, tokenizer, texts).view(len(classes), len(templates), -1)
     return F.normalize(features.mean(dim=1), dim=1)
 
+
+class Encoded(NamedTuple):
+    """A split as a model sees it: pooled (n,D), for probes; embedded (n,E), for matching texts,
+    both float32 on the CPU; targets, n classes or lists of captions."""
+
+    pooled: torch.Tensor
+    embedded: torch.Tensor
+    targets: list
+
+
 @torch.no_grad()
-def features(model, tokenizer, dataset, split="test", checkpoint=None):
-    """One pass over a split -> {pooled (n,D), for probes; embedded (n,E), for matching texts; labels (n,), or
-    texts (m,E) and image_of_text (m,)} on the CPU; kept in a cache, if the model's checkpoint is named."""
-    path = checkpoint and cache_file(model, dataset, split, checkpoint)
-    with suppress(Exception):  # no file, or a damaged one, which is written anew
-        return torch.load(path, weights_only=True)
-    pooled, embedded, targets, device = [], [], [], next(model.parameters()).device
-    for images, target in image_batches(dataset, split, model.config.image_size):
-        tokens = model.image_encoder(images.to(device))
-        pooled.append(mae_clip.pool(tokens, model.config.pool).float().cpu())
-        embedded.append(model.project_image(tokens).float().cpu())
-        targets += target
-    if not targets:
-        raise ValueError(f"{dataset.source}: no image with a {'label' if dataset.classes else 'caption'}")
-    found = {"pooled": torch.cat(pooled), "embedded": torch.cat(embedded)}
-    if dataset.classes:
-        found["labels"] = as_labels(targets, len(targets), len(dataset.classes), f"{dataset.source}: labels")
-    elif hasattr(model, "text_proj"):
-        found["texts"] = encode_texts(model, tokenizer, list(itertools.chain(*targets)))
-        found["image_of_text"] = torch.tensor([i for i, texts in enumerate(targets) for _ in texts])
-    with suppress(Exception):  # nowhere to write to
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(found, path.with_suffix(f".{os.getpid()}"))
-        path.with_suffix(f".{os.getpid()}").replace(path)  # whole or not at all
-    return found
+def encode_split(model, dataset, split):
+    """One pass over a split -> Encoded."""
+    device = next(model.parameters()).device
+    pooled = []
+    targets = []
+    for images, part in image_batches(dataset, split, model.config.image_size):
+        encoded = model.image_encoder(images.to(device))
+        pooled.append(mae_clip.pool(encoded, model.config.pool))
+        targets += part
+    pooled = torch.cat(pooled)
+    return Encoded(pooled.cpu(), model.project_image(pooled).cpu(), targets)
 
-def cache_file(model, dataset, split, checkpoint):
-    """Where features lie, by the content of all they come from: checkpoint, split, and these programs."""
-    files = Path(dataset.source, split).iterdir() if dataset.classes else data.expand(dataset.source)
-    files = [path for path in sorted(map(Path, files)) if path.is_file()]
-    setting = split, dataset.classes, next(model.parameters()).device, torch.__version__, Image.__version__
-    key = hashlib.blake2b(repr(setting).encode(), digest_size=16)
-    for path in map(Path, [checkpoint, data.__file__, mae_clip.__file__, __file__, *files]):
-        key.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
-        key.update(np.memmap(path, mode="r") if path.stat().st_size else b"")
-    return data.cache_folder() / "features" / f"{key.hexdigest()}.pt"
 
-# --- Scores of a model on a set ---------------------------------------------------------------------------
-class Score(namedtuple("Score", "values weights chance")):
-    """A measure: the weighted mean of a value for each test image (n,), so that images can be resampled."""
+def reconstructions(model, tokenizer, dataset, limit):
+    """Of the first `limit` images of captioned shards their `patches` and `tokens`, and what
+    MAECLIP.reconstruct makes of them, by masks of a fixed seed -> dict of tensors."""
+    config = model.config
+    device = next(model.parameters()).device
+    tokenizer = tokenizer or data.Tokenizer([])
+    parts = defaultdict(list)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for images, captions in image_batches(dataset, "test", config.image_size, limit):
+            tokens = tokenizer.batch([texts[0] for texts in captions], config.context)
+            found = model.reconstruct(images.to(device), tokens.to(device))
+            found["tokens"] = tokens
+            found["patches"] = mae_clip.patchify(mae_clip.normalise(images), config.patch_size)
+            for name, part in found.items():
+                parts[name].append(part.cpu())
+    return {name: torch.cat(part) for name, part in parts.items()}
+
+
+# --- Scores of a model on a set -------------------------------------------------------------------
+class Score(NamedTuple):
+    """A measure: the weighted mean of a value of each test image, so that images can be resampled.
+    values, weights: n numbers each; chance: the measure of guessing."""
+
+    values: np.ndarray
+    weights: np.ndarray
+    chance: float
+
     def mean(self, counts=1):
-        """counts (n,): how often each image is there -> the measure, NaN where no weight is left."""
-        values, weights = np.asarray(self.values, float), counts * np.asarray(self.weights, float)
-        return float(weights @ values / weights.sum()) if weights.any() else math.nan
-    def interval(self, other=None):
-        """The ends of the 95 % bootstrap interval, of the measure or its lead over another's."""
-        random, n = np.random.default_rng(0), len(self.values)
-        draws = (np.bincount(random.integers(0, n, n), minlength=n) for _ in range(1000))
-        leads = [self.mean(counts) - (other.mean(counts) if other else 0) for counts in draws]
-        return np.nanpercentile(leads, [2.5, 97.5]).tolist()
+        """The measure, each image taken so often as counts (n,) says; NaN where no weight is
+        left."""
+        weights = counts * np.asarray(self.weights, float)
+        if weights.sum() == 0:
+            return math.nan
+        return float(np.average(np.asarray(self.values, float), weights=weights))
 
-def spread(runs, others=()):
-    """Scores of a run, or of seeds -> [value, low, high]: 95 %, over images or seeds (t); or of a lead."""
-    x = np.subtract([run.mean() for run in runs], [run.mean() for run in others] or 0)
-    if len(runs) == 1:
-        return [x[0], *runs[0].interval(*others)]
-    half = STUDENT[min(len(x), 10) - 2] * x.std(ddof=1) / len(x) ** 0.5
-    return [x.mean(), x.mean() - half, x.mean() + half]
+    def less(self, other):
+        """The lead over another model's Score on the same images, as a Score."""
+        lead = np.asarray(self.values, float) - np.asarray(other.values, float)
+        return Score(lead, self.weights, 0.0)
 
-def score_zero_shot(model, tokenizer, dataset, test):
-    """-> {acc1, acc5, mean_per_class_recall; seen, unseen: acc1 by whether training held the class}."""
-    print(f"prompts of {dataset.name}: {'; '.join(dataset.templates)}", file=sys.stderr)
-    classes = class_features(model, tokenizer, dataset.classes, dataset.templates)
-    y, C = test["labels"], len(classes)
-    hits, unseen = zero_shot(test["embedded"], classes, y, each=True), np.isin(y, dataset.unseen)
-    hits |= {"seen": hits["acc1"], "unseen": hits["acc1"]}
-    weights = {"acc1": y >= 0, "acc5": (y >= 0) & (C >= 5), "mean_per_class_recall": 1 / torch.bincount(y)[y],
-               "seen": ~unseen & bool(dataset.unseen), "unseen": unseen}
-    return {name: Score(hits[name], weights[name], (5 if name == "acc5" else 1) / C) for name in weights}
 
-def score_retrieval(test):
-    """-> {image_retrieval_recall@k, text_retrieval_recall@k}; an image's texts are resampled with it."""
-    owner, scores = test["image_of_text"], {}
-    own = torch.bincount(owner)
-    for name, hit in retrieval(test["embedded"], test["texts"], owner, each=True).items():
-        k = int(name.split("@")[1])
-        if name.startswith("image"):
-            scores[name] = Score(torch.bincount(owner, weights=hit.double()) / own, own, k / len(own))
-        else:  # chance: not all of k texts are another image's
-            scores[name] = Score(hit, own > 0, 1 - ((1 - own / len(owner)) ** k).mean().item())
+class Spread(NamedTuple):
+    """A value with the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def spread(score):
+    """A Score -> Spread: its 95 % interval when test images are drawn anew (bootstrap)."""
+    rng = np.random.default_rng(0)
+    n = len(score.values)
+    draws = [score.mean(np.bincount(rng.integers(0, n, n), minlength=n)) for _ in range(1000)]
+    return Spread(score.mean(), *np.nanpercentile(draws, [2.5, 97.5]))
+
+
+def score_zero_shot(model, tokenizer, dataset, encoded):
+    """-> {acc1, acc5, mean_per_class_recall; seen, unseen: acc1 by whether training held the
+    class}."""
+    say(f"prompts of {dataset.source}: {'; '.join(dataset.templates)}")
+    classes = encode_classes(model, tokenizer, dataset.classes, dataset.templates)
+    labels = np.array(encoded("test").targets)
+    hits = zero_shot_hits(encoded("test").embedded, classes, labels)
+    guess = 1 / len(classes)
+    everywhere = np.ones(len(labels))
+    balanced = 1 / np.bincount(labels)[labels]
+    unseen = np.isin(labels, dataset.unseen)
+    scores = {"acc1": Score(hits["acc1"], everywhere, guess)}
+    if len(classes) >= 5:
+        scores["acc5"] = Score(hits["acc5"], everywhere, 5 * guess)
+    scores["mean_per_class_recall"] = Score(hits["mean_per_class_recall"], balanced, guess)
+    if dataset.unseen:
+        scores["seen"] = Score(hits["acc1"], ~unseen, guess)
+        scores["unseen"] = Score(hits["acc1"], unseen, guess)
     return scores
 
-def reconstructions(model, tokenizer, dataset, limit=512):
-    """The first `limit` `images` and their `tokens`, and what MAECLIP.reconstruct makes of them, masks from a
-    fixed seed -> dict of tensors; a labelled image's caption is its class in the first prompt."""
-    c, generator, device = model.config, torch.Generator().manual_seed(0), next(model.parameters()).device
-    prompts, parts = [dataset.templates[0].replace("{c}", name) for name in dataset.classes], []
-    for images, targets in image_batches(dataset, "test", c.image_size, limit, batch=64):
-        texts = [prompts[x] if prompts else x[0] for x in targets]
-        tokens = (tokenizer or data.Tokenizer([])).batch(texts, c.context)
-        sizes = (len(images), (c.image_size // c.patch_size) ** 2), tokens.shape
-        noise = [torch.rand(size, generator=generator).to(device) for size in sizes]
-        out = model.reconstruct(images.to(device), tokens.to(device), *noise)
-        parts.append({"images": images, "tokens": tokens} | out)
-    return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
 
-def score_reconstruction(model, tokenizer, dataset):
-    """-> {image_loss (chance: of zeros), text_accuracy of removed tokens (chance: of the most frequent)}."""
-    out, c = reconstructions(model, tokenizer, dataset), model.config
-    patches = mae_clip.patchify(mae_clip.normalise(out["images"]), c.patch_size)
-    target, mask = mae_clip.patch_targets(patches, c.norm_pix), out["image_mask"]
-    loss, zero = (((guess - target).square().mean(dim=2) * mask).sum(dim=1) for guess in (out["image"], 0))
-    count, words = mask.sum(dim=1), out["text_mask"].sum(dim=1)
-    right = ((out["text"] == out["tokens"]) & out["text_mask"]).sum(dim=1)
-    often = torch.bincount(out["tokens"][out["text_mask"]], minlength=1).max() / words.sum()
-    return {"image_loss": Score(loss / count.clamp(min=1), count, (zero.sum() / count.sum()).item()),
-            "text_accuracy": Score(right / words.clamp(min=1), words, often.item())}
+def score_retrieval(model, tokenizer, dataset, encoded):
+    """-> {image_retrieval_recall@k, text_retrieval_recall@k}; an image's texts are resampled
+    with it."""
+    test = encoded("test")
+    texts = [text for captions in test.targets for text in captions]
+    own = np.array([len(captions) for captions in test.targets])  # texts of each image
+    owner = np.repeat(np.arange(len(own)), own)
+    features = encode_texts(model, tokenizer, texts)
+    scores = {}
+    for name, hits in retrieval_hits(test.embedded, features, owner).items():
+        k = int(name.split("@")[1])
+        if name.startswith("image"):
+            share = np.bincount(owner, weights=hits.numpy()) / own
+            scores[name] = Score(share, own, k / len(own))
+        else:
+            none = (1 - own / len(texts)) ** k  # all of k texts are other images'
+            scores[name] = Score(hits, np.ones(len(own)), 1 - none.mean())
+    return scores
 
-def measure(model, tokenizer, dataset, tasks, checkpoint=None):
-    """-> {task: {measure: Score}} for those of `tasks` that apply to the model and the set."""
-    found, classes, trainable = {}, dataset.classes, Path(dataset.source, "train").is_dir()
-    match = hasattr(model, "text_proj") and ("zero_shot" if classes else "retrieval")
-    probes = [probe for probe in (linear_probe, knn) if classes and trainable and probe.__name__ in tasks]
-    if probes or match in tasks:
-        test = features(model, tokenizer, dataset, "test", checkpoint)
-    if match in tasks:
-        found[match] = score_zero_shot(model, tokenizer, dataset, test) if classes else score_retrieval(test)
-    for probe in probes:
-        train = features(model, tokenizer, dataset, "train", checkpoint)
-        hits = probe(train["pooled"], train["labels"], test["pooled"], test["labels"], each=True)
-        found[probe.__name__] = {"acc1": Score(hits, np.ones(len(hits)), 1 / len(classes))}
-    if hasattr(model, "decoder") and "reconstruction" in tasks and not (classes and len(tasks) > 1):
-        found["reconstruction"] = score_reconstruction(model, tokenizer, dataset)
-    return {task: {name: score for name, score in scores.items() if not math.isnan(score.mean())}
-            for task, scores in found.items()}
+
+def score_probe(probe, model, tokenizer, dataset, encoded):
+    """-> {acc1} of linear_probe or knn on the pooled features."""
+    test = encoded("test")
+    train = encoded("train")
+    hits = probe(train.pooled, train.targets, test.pooled, test.targets)["hits"]
+    return {"acc1": Score(hits, np.ones(len(hits)), 1 / len(dataset.classes))}
+
+
+def score_reconstruction(model, tokenizer, dataset, encoded):
+    """-> {image_loss (chance: of zeros), text_accuracy of removed tokens (chance: of the most
+    frequent)}."""
+    found = reconstructions(model, tokenizer, dataset, limit=512)
+    scores = {}
+    mask = found["image_mask"]
+    if mask.any():
+        normalised = model.config.norm_pix
+        error = mae_clip.image_error(found["image"], found["patches"], normalised)
+        zeros = mae_clip.image_error(torch.zeros(1), found["patches"], normalised)
+        count = mask.sum(dim=1)
+        loss = (error * mask).sum(dim=1) / count
+        scores["image_loss"] = Score(loss, count, zeros[mask].mean().item())
+    mask = found["text_mask"]
+    if mask.any():
+        right = (found["text"] == found["tokens"]) & mask
+        count = mask.sum(dim=1)
+        accuracy = right.sum(dim=1) / count.clamp(min=1)
+        frequent = torch.bincount(found["tokens"][mask]).max() / count.sum()
+        scores["text_accuracy"] = Score(accuracy, count, frequent.item())
+    return scores
+
+
+TASKS = {  # each: model, tokenizer, dataset, function of a split -> {measure: Score}
+    "zero_shot": score_zero_shot,
+    "retrieval": score_retrieval,
+    "linear_probe": partial(score_probe, linear_probe),
+    "knn": partial(score_probe, knn),
+    "reconstruction": score_reconstruction,
+}
+
+
+MAYBE = ("acc5", "seen", "unseen")  # measures of zero_shot that some sets leave undefined
+
+
+def say(message):
+    """One line to the user, beside the table on stdout."""
+    print(f"eval.py: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def attempt(what, function, *arguments):
+    """What the function gives; where it fails, None and a line that says why: all else goes on."""
+    try:
+        return function(*arguments)
+    except (ValueError, OSError, RuntimeError) as error:
+        say(f"{what}: {error}")
+    return None
+
+
+def misfit(task, model, dataset):
+    """Why a task cannot be done with a model on a set, in a sentence; empty where it can."""
+    method = model.config.method
+    if task in ("zero_shot", "retrieval") and not model.has_text_tower:
+        return f"{method} trains no text tower; use linear-probe, knn or reconstruct"
+    if task == "reconstruction" and not model.has_decoder:
+        return f"{method} has no decoder; reconstruct takes mae, m3ae or mae_clip"
+    if task in ("retrieval", "reconstruction"):
+        if dataset.classes:
+            return f"{dataset.source} is a labelled folder; {task} needs captioned shards"
+    elif not dataset.classes:
+        return f"{dataset.source} has captions; {task} needs a labelled folder"
+    elif task != "zero_shot" and not Path(dataset.source, "train").is_dir():
+        return f"{dataset.source} has no train split, train/0.tar ... and train/nshards.txt"
+    return ""
+
+
+def measure(model, tokenizer, datasets, tasks):
+    """-> {(set, task, measure): Score} of what fits and succeeds. What fails costs itself alone
+    and a line; what does not fit is said of a single task alone."""
+    found = {}
+    for dataset in datasets:
+        encoded = cache(partial(encode_split, model, dataset))  # each split once
+        for task in tasks:
+            reason = misfit(task, model, dataset)
+            if reason:
+                if len(tasks) == 1:
+                    say(reason)
+                continue
+            scores = attempt(
+                f"{task} on {dataset.source}", TASKS[task], model, tokenizer, dataset, encoded
+            )
+            for name, score in (scores or {}).items():
+                found[dataset.source, task, name] = score
+    return found
+
 
 def evaluate(model, tokenizer, eval_data, out=None):
-    """All tasks but k-NN on SETs joined by commas, and out/reconstructions.png -> {task, from its second set
-    on with the set's name: {measure: value, "chance": {measure: value}, "n": test images}}."""
-    results, training = {}, model.training
+    """Scores a trained model on SETs joined by `::`, by all tasks that fit but k-NN, and draws
+    the first captioned set to out/reconstructions.png. What fails costs itself alone and a line.
+    -> {task, from its second set on with the set's name: {measure: value, None where undefined;
+    chance: {measure: value}; n: test images}}."""
+    training = model.training
     model.eval()
-    for dataset in [dataset for source in eval_data.split(",") for dataset in open_sets(source)]:
-        for task, scores in measure(model, tokenizer, dataset, set(TASKS) - {"knn"}).items():
-            entry = {name: score.mean() for name, score in scores.items()}
-            entry["chance"] = {name: score.chance for name, score in scores.items()}
-            entry["n"] = max([len(score.values) for score in scores.values()], default=0)
-            results[f"{task} {dataset.name}" if task in results else task] = entry
-            if out and results.get("reconstruction") is entry:
-                draw_reconstructions(model, tokenizer, dataset, Path(out) / "reconstructions.png")
+    datasets = open_sets(eval_data)
+    tasks = [task for task in TASKS if task != "knn"]
+    results = {}
+    sets = {}  # task: its first set
+    for (dataset, task, name), score in measure(model, tokenizer, datasets, tasks).items():
+        sets.setdefault(task, dataset)
+        title = task if sets[task] == dataset else f"{task} {dataset}"
+        entry = results.setdefault(title, dict.fromkeys(MAYBE if task == "zero_shot" else ()))
+        entry[name] = score.mean()
+        entry.setdefault("chance", {})[name] = score.chance
+        entry["n"] = len(score.values)
+    captioned = [dataset for dataset in datasets if not dataset.classes]
+    if out and captioned and model.has_decoder:
+        path = Path(out) / "reconstructions.png"
+        attempt("picture", draw_reconstructions, model, tokenizer, captioned[0], path)
     model.train(training)
     return results
 
-def show(value, name=""):
-    """A rate in per cent, a loss as it is."""
-    return f"{value:.3f}" if "loss" in name else f"{100 * value:.1f} %"
 
-def format_results(results):
-    """What evaluate returns, as a table for the terminal."""
-    rows = [[task, f"{x['n']:,}", name, show(x[name], name), show(chance, name)]
-            for task, x in results.items() for name, chance in x["chance"].items()]
-    return format_table([["task", "images", "measure", "value", "chance"], *rows])
+# --- Tables ---------------------------------------------------------------------------------------
+def show(value, measure):
+    """A rate in per cent, a loss as it is; 0 without a minus."""
+    if "loss" in measure:
+        return f"{round(value, 3) + 0.0:.3f}"
+    return f"{round(100 * value, 1) + 0.0:.1f} %"
+
 
 def format_table(rows, style="text"):
     """Rows of strings, the first one the header -> aligned text or a Markdown table."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    left, between, right = ("| ", " | ", " |") if style == "markdown" else ("", "  ", "")
-    return "\n".join((left + between.join(map(str.ljust, row, widths)) + right).rstrip() for row in rows)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    between = " | " if style == "markdown" else "  "
+    lines = []
+    for row in [rows[0], ["-" * width for width in widths], *rows[1:]]:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append(between.join(cells).rstrip())
+    return "\n".join(lines)
 
-def suite(checkpoints, datasets, tasks, style="text", device="cpu", untrained=False):
-    """Every task that applies, for each checkpoint and maybe a new model, with chance and 95 % intervals ->
-    table. Runs that differ in their seed alone share a column; of two with equal seeds there is the lead."""
-    found, columns, folders = {}, {}, [Path(path).resolve().parent.name for path in checkpoints]
-    for path, folder in [*zip(checkpoints, folders, strict=True), *[(None, "untrained")] * untrained]:
-        model, tokenizer, config = mae_clip.load(path or checkpoints[0], device)
-        if path is None:
-            torch.manual_seed(config.seed)
-            model = mae_clip.MAECLIP(config).to(device).eval()
-        fixed = vars(config) | dict.fromkeys("out resume seed eval_data workers stop_after".split())
-        column = f"{Path(path or '').name} {fixed}"
-        column = path if config.seed in columns.get(column, {}) else column
-        columns.setdefault(column, {})[config.seed] = folder if folders.count(folder) < 2 else path
-        for dataset in datasets:
-            for task, scores in measure(model, tokenizer, dataset, tasks, path).items():
-                for name, score in scores.items():
-                    found.setdefault((dataset.name, task, name), {}).setdefault(column, []).append(score)
-        if path and not any(column in scores for scores in found.values()):
-            raise ValueError(f"{path}: no --data for {tasks[0]}: needs a text tower, train split or decoder")
-    names = {column: " + ".join(runs.values()) for column, runs in columns.items()}
-    pair, head = [*columns][: len(columns) - untrained], ["set", "task", "measure", "images", "chance"]
-    even = len(pair) == 2 and [*columns[pair[0]]] == [*columns[pair[1]]]  # the same seeds in the same order
-    leads = [" less ".join(names[column] for column in pair)] if even else []
-    rows, entries = [head + [*names.values()] + leads], []
-    for key, scores in found.items():
-        values = {names[column]: spread(runs) for column, runs in scores.items()}
-        if leads and scores.keys() >= set(pair):
-            values[leads[0]] = spread(*(scores[column] for column in pair))
-        cells = {name: "{} [{}, {}]".format(*(show(x, key[2]) for x in values[name])) for name in values}
-        one, cells = next(iter(scores.values()))[0], [cells.get(name, "-") for name in rows[0][5:]]
-        rows.append([*key, f"{len(one.values):,}", show(one.chance, key[2]), *cells])
-        entries.append(dict(zip(head, (*key, len(one.values), one.chance), strict=True), values=values))
-    return json.dumps(entries, indent=1) if style == "json" else format_table(rows, style)
 
-# --- Pictures ---------------------------------------------------------------------------------------------
+def format_results(results):
+    """What evaluate returns, as a table for the terminal."""
+    rows = [["task", "images", "measure", "value", "chance"]]
+    for task, entry in results.items():
+        for name, chance in entry["chance"].items():
+            value = show(entry[name], name)
+            rows.append([task, f"{entry['n']:,}", name, value, show(chance, name)])
+    return format_table(rows)
+
+
+# --- Suite: checkpoints side by side --------------------------------------------------------------
+def suite(checkpoints, datasets, tasks, device="cpu", untrained=False):
+    """Scores checkpoints (paths), and maybe a new model like the first one -> rows: dicts with
+    set, task, measure, images, chance and values {title: Spread}. Of two checkpoints there is the
+    lead too, image by image."""
+    columns = {}  # {title: {(set, task, measure): Score}}
+    for path in checkpoints:
+        model, tokenizer, _ = mae_clip.load(path, device)
+        title = str(path) if path.parent.name in columns else path.parent.name
+        columns[title] = measure(model, tokenizer, datasets, tasks)
+    compared = list(columns)
+    if untrained:
+        _, tokenizer, config = mae_clip.load(checkpoints[0], device)
+        torch.manual_seed(config.seed)
+        model = mae_clip.MAECLIP(config).to(device).eval()
+        columns["untrained"] = measure(model, tokenizer, datasets, tasks)
+    examples = {}  # of each measure one Score
+    for column in columns.values():
+        examples |= column
+    rows = []
+    for key, example in examples.items():
+        scores = {title: column[key] for title, column in columns.items() if key in column}
+        if len(compared) == 2 and scores.keys() >= set(compared):
+            first, second = compared
+            scores[f"{first} less {second}"] = scores[first].less(scores[second])
+        row = dict(zip(("set", "task", "measure"), key, strict=True))
+        row |= {"images": len(example.values), "chance": example.chance}
+        row["values"] = {title: spread(score) for title, score in scores.items()}
+        rows.append(row)
+    return rows
+
+
+def format_rows(rows, style):
+    """Rows of suite -> json, an aligned table or a Markdown table."""
+    if style == "json":
+        return json.dumps(rows, indent=1)
+    titles = {}
+    for row in rows:
+        titles |= row["values"]
+    table = [["set", "task", "measure", "images", "chance", *titles]]
+    for row in rows:
+        name = row["measure"]
+        cells = [row["set"], row["task"], name, f"{row['images']:,}", show(row["chance"], name)]
+        for title in titles:
+            numbers = [show(number, name) for number in row["values"].get(title, ())]
+            cells.append("{} [{}, {}]".format(*numbers) if numbers else "-")
+        table.append(cells)
+    return format_table(table, style)
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+def panels(config, found):
+    """What reconstructions gives -> {title: patches (B,N,P*P*3) to be drawn}."""
+    patches = found["patches"]
+    removed = found["image_mask"][..., None]
+    columns = {"original": patches}
+    if removed.any():
+        columns["masked"] = patches.masked_fill(removed, 2.0)  # cream
+        predicted = found["image"]
+        if config.norm_pix:
+            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+            contrast = (variance + 1e-6).sqrt()
+            share = ~removed / (~removed).sum(dim=1, keepdim=True)  # of each visible patch
+            usual = (share * contrast).sum(dim=1, keepdim=True)
+            alone = predicted * usual + (share * mean).sum(dim=1, keepdim=True)
+            columns["prediction alone"] = alone.where(removed, patches)
+            predicted = predicted * contrast + mean
+        columns["reconstruction"] = predicted.where(removed, patches)
+    return columns
+
+
+def as_pictures(config, patches, side):
+    """Patches (B,N,P*P*3) -> list of B Pillow images with `side` pixels a side."""
+    size = config.image_size
+    pixels = mae_clip.unpatchify(patches, config.patch_size, size, size).permute(0, 2, 3, 1)
+    pixels = pixels * torch.tensor(mae_clip.IMAGE_STD) + torch.tensor(mae_clip.IMAGE_MEAN)
+    pixels = (pixels.clamp(0, 1) * 255).round().byte().numpy()
+    return [Image.fromarray(each).resize((side, side), Image.Resampling.NEAREST) for each in pixels]
+
+
+def caption_text(tokenizer, tokens, predicted, removed):
+    """Token ids (T,) -> the caption, each removed token as [token:prediction]. Pillow's font has
+    little but ASCII: other letters, and bytes that are no whole letter, are escapes."""
+
+    def text(token):
+        letters = tokenizer.decode([token]).decode("utf-8", "backslashreplace")
+        return letters.encode("ascii", "backslashreplace").decode()
+
+    words = ""
+    for token, guess, gone in zip(tokens, predicted, removed, strict=True):
+        word = text(token)
+        if gone:
+            space = " " if word.startswith(" ") else ""
+            word = f"{space}[{word.strip()}:{text(guess).strip()}]"
+        words += word
+    return words
+
+
 def draw_reconstructions(model, tokenizer, dataset, path, count=8):
-    """Writes a picture of the first `count` pairs: original, masked (cream), reconstruction and caption."""
-    c, size, out = model.config, model.config.image_size, reconstructions(model, tokenizer, dataset, count)
-    patches = mae_clip.patchify(mae_clip.normalise(out["images"]), c.patch_size)
-    hidden, (variance, mean) = out["image_mask"][..., None], torch.var_mean(patches, dim=-1, keepdim=True)
-    rebuilt = out["image"] * (variance + 1e-6).sqrt() + mean if c.norm_pix else out["image"]
-    note = "removed patches are shown with their true mean and contrast, which are not predicted"
-    std, mean = (torch.tensor(x).view(3, 1, 1) for x in (mae_clip.IMAGE_STD, mae_clip.IMAGE_MEAN))
-    panels = torch.stack([patches, patches.where(~hidden, 2), rebuilt.where(hidden, patches)], dim=1)
-    panels = mae_clip.unpatchify(panels.flatten(0, 1), c.patch_size, size, size) * std + mean
-    panels = (panels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()  # three a sample
-    side, font = size * max(1, round(160 / size)), ImageFont.load_default(14)
-    sheet = Image.new("RGB", (4 * side + 260, 66 + (side + 8) * len(hidden)), "white")
+    """Writes a picture of the first `count` test pairs, a row each: what panels gives and, where
+    tokens were removed, the caption, of which nine lines fit."""
+    found = reconstructions(model, tokenizer, dataset, count)
+    columns = panels(model.config, found)
+    font = ImageFont.load_default(14)
+    side = model.config.image_size * max(1, round(160 / model.config.image_size))
+    step = max(side, 160) + 8
+    rows = len(found["tokens"])
+    sheet = Image.new("RGB", (step * len(columns) + 380, step * rows + 80), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(("original", "masked", "reconstruction", "caption, [removed: predicted]")):
-        draw.text((14 + column * (side + 8), 10), title, "black", ImageFont.load_default(16))
-    for i, panel in enumerate(panels):
-        x, y = 14 + i % 3 * (side + 8), 36 + i // 3 * (side + 8)
-        sheet.paste(Image.fromarray(panel).resize((side, side), Image.Resampling.NEAREST), (x, y))
-    for i in range(len(hidden) if tokenizer else 0):
-        old, new = ([tokenizer.decode([n]).decode("utf-8", "replace") for n in out[name][i].tolist()]
-                    for name in ("tokens", "text"))
-        words = [f"{a[: len(a) - len(a.lstrip())]}[{a.strip()}: {b.strip()}]" if gone else a
-                 for a, b, gone in zip(old, new, out["text_mask"][i], strict=True)]
-        text = textwrap.fill("".join(words).strip(), (side + 220) // 8)
-        draw.text((14 + 3 * (side + 8), 36 + i * (side + 8)), text, "black", font, spacing=6)
-    draw.text((14, sheet.height - 26), note * c.norm_pix, "dimgrey", font)
+    for place, title in enumerate(columns):
+        draw.text((8 + place * step, 8), title, "black", font)
+        for row, picture in enumerate(as_pictures(model.config, columns[title], side)):
+            sheet.paste(picture, (8 + place * step, 32 + row * step))
+    if found["text_mask"].any():
+        x = 8 + len(columns) * step
+        draw.text((x, 8), "caption, [removed:predicted]", "black", font)
+        for row in range(rows):
+            ids = [found[name][row].tolist() for name in ("tokens", "text", "text_mask")]
+            text = caption_text(tokenizer, *ids).replace("][", "] [")  # lines break between them
+            lines = "\n".join(textwrap.wrap(text, 44)[:9])
+            draw.text((x, 32 + row * step), lines, "black", font)
+    if "prediction alone" in columns:
+        note = "prediction alone: at the mean and contrast of the visible patches\n"
+        note += "reconstruction: at each removed patch's true ones, which are not predicted"
+        draw.text((8, 36 + rows * step), note, "dimgrey", font)
     sheet.save(path)
+    say(f"the picture is {path}")
 
-# --- Benchmark --------------------------------------------------------------------------------------------
-def flops(config):
-    """Floating-point operations of a pair's forward pass: 2 a multiply-add of a matrix product, nothing else
-    (as torch.utils.flop_counter); a training step has 3 times as many. A block of width D over T tokens, of
-    which Q rows attend, has 4 T D^2 (keys, values) + 20 Q D^2 (its other layers) + 4 Q T D (attention)."""
-    c, terms, trunk = config, config.weights(), config.method == "m3ae"
-    N, T, P, D = (c.image_size // c.patch_size) ** 2, c.context, 3 * c.patch_size**2, c.width
-    d, W, L = c.decoder_width, D if trunk else c.text_width, 0 if trunk else c.text_depth
-    def blocks(T, D, *queries):  # over T tokens, for each the number of rows that attend
-        return sum(4 * (T + 5 * Q) * D**2 + 4 * Q * T * D for Q in queries)
-    def image(patches, words=0):
-        return 2 * patches * P * D + blocks(1 + patches + words, D, *[1 + patches + words] * c.depth)
-    keep = max(1, mae_clip.kept(N, c.mask_ratio)) if "image" in terms else 0
-    words = 2 + mae_clip.kept(T - 2, c.text_mask_ratio) if "text" in terms else 0
-    seen, gone, lost = keep + (keep > 0), (N - keep) * (keep > 0), (T - words) * (words > 0)
-    total = (image(keep, words * trunk) if trunk or keep else 0) + blocks(words, W, *[words] * L)
-    total += 2 * d * (seen * D + words * W + gone * P + lost * c.vocab_size)  # into and out of the decoder
-    seen, gone, before = seen + words, gone + lost, c.decoder_depth - 1
-    joint = blocks(seen + gone, d, *[seen + gone] * before, gone)
-    total += blocks(seen, d, *[gone] * c.decoder_depth) if c.decoder == "cross" else joint
-    if "contrastive" in terms:  # two towers, projections, a row of the scores in both directions
-        shared = keep and 0 < c.contrastive_mask_ratio == c.mask_ratio  # one masked pass serves both losses
-        total += 0 if shared else image(max(1, mae_clip.kept(N, c.contrastive_mask_ratio)))
-        total += blocks(T, W, *[T] * (L - 1), 1) + 2 * c.embed * (D + W + 2 * c.batch_size)
-    if "simclr" in terms:  # for both views: tower, head, a row of the scores
-        total += 2 * (image(N) + 40 * D**2 + 8 * D * 256 + 4 * c.batch_size * 256)
-    return total
+
+# --- Benchmark ------------------------------------------------------------------------------------
+@torch.no_grad()
+def forward_flops(model, batch):
+    """Floating-point operations of a forward pass: 2 a multiply-add of a matrix product, nothing
+    else, by PyTorch's counter."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(*batch)
+    return counter.get_total_flops()
+
+
+def timed(function, repeats, device):
+    """Seconds a call, over so many calls."""
+    began = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return (time.perf_counter() - began) / repeats
+
 
 def benchmark(config, steps=10):
-    """Times training steps on a synthetic batch, after 3 of warm-up, and with config.data the Loader alone
-    and the steps that it feeds -> dict of figures. TFLOP/s are 3 flops(config) a pair; their share is of a
-    large matrix product's. On a CPU memory is the process's peak. Parts: run it under torch.profiler."""
-    (device, autocast), B, numbers = mae_clip.pick_device(config), config.batch_size, itertools.count()
-    loader, cuda = mae_clip.open_data(config, None) if config.data else None, device.type == "cuda"
+    """Times training steps on one synthetic batch and, with config.data, the Loader alone and
+    the steps that it feeds -> {figure: number}. TFLOP/s: of a step, as three forward passes;
+    share: of a large matrix product's; compile s: what the first step takes longer than later
+    ones."""
+    device, autocast = mae_clip.pick_device(config)
+    if config.data:
+        loader, config = mae_clip.open_data(config, None)
     model = mae_clip.MAECLIP(config).to(device)
-    net, optimizer = model, mae_clip.make_optimizer(model, config)
-    if config.compile or (config.compile is None and cuda):  # as in training
-        net = torch.compile(model, mode="reduce-overhead" if config.width <= 256 else None)
+    net = mae_clip.compiled(model, config, device)
+    optimizers = mae_clip.make_optimizers(model, config)
+    B = config.batch_size
     images = torch.randint(256, (B, 3, config.image_size, config.image_size), dtype=torch.uint8)
     tokens = data.Tokenizer([]).batch(["a photo of a dog"] * B, config.context)
     synthetic = data.Batch(images, tokens, ())
-    def timed(function, repeats):
-        clock = [time.perf_counter()]
-        for _ in range(repeats):
-            function()
-            getattr(torch, device.type).synchronize()
-            clock.append(time.perf_counter())
-        return np.diff(clock)
-    def step(batch):
-        mae_clip.train_step(net, optimizer, autocast, mae_clip.inputs(config, next(numbers), batch, device))
-    first, *_ = timed(lambda: step(synthetic), 3)
-    seconds = timed(lambda: step(synthetic), steps)
-    median, used = float(np.median(seconds)), torch.cuda.max_memory_allocated(device) if cuda else None
-    if not cuda and sys.platform == "linux":
-        import resource  # which Windows lacks
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    side, dtype = 8192 if cuda else 2048, torch.bfloat16 if autocast._enabled else torch.float32
+
+    def step(batch=synthetic):
+        inputs = mae_clip.training_batch(config, 0, batch, device)
+        mae_clip.train_step(net, optimizers, autocast, inputs)
+
+    first = timed(step, 1, device)
+    timed(step, 2, device)
+    groups = sorted(timed(step, steps // 5, device) for _ in range(5))
+    seconds = groups[2]  # the median
+    flops = forward_flops(model, mae_clip.training_batch(config, 0, synthetic, device))
+    side = 2048 if device.type == "cpu" else 8192
+    dtype = torch.bfloat16 if autocast._enabled else torch.float32
     matrix = torch.randn(side, side, device=device, dtype=dtype)
-    rates = 3e-12 * flops(config) * B / median, 2e-12 * side**3 / min(timed(lambda: matrix @ matrix, 9))
-    found = {"scale": config.scale, "method": config.method, "device": str(device), "dtype": str(dtype)[6:],
-             "torch": torch.__version__, "threads": torch.get_num_threads(), "steps": steps,
-             "batch": B, "pairs/s": B / median, "slowest": B / seconds.max(), "fastest": B / seconds.min(),
-             "GFLOP a pair": flops(config) / 1e9, "TFLOP/s": rates[0], "matrix TFLOP/s": rates[1],
-             "share": rates[0] / rates[1], "memory GiB": used and used / 2**30, "compile s": first - median}
-    if loader:
-        batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
-        for name, function in (("loader", lambda: next(batches)), ("fed", lambda: step(next(batches)))):
-            timed(function, steps)  # so that queues, which were filled before, are empty
-            found[f"{name} pairs/s"] = 3 * steps * B / timed(function, 3 * steps).sum()
+    product = min(timed(lambda: matrix @ matrix, 1, device) for _ in range(9))
+    found = {
+        "method": config.method,
+        "device": f"{device}, {dtype}",
+        "torch": torch.__version__,
+        "batch": B,
+        "pairs/s": B / seconds,
+        "slowest": B / groups[-1],
+        "fastest": B / groups[0],
+        "GFLOP a pair": 1e-9 * flops / B,
+        "TFLOP/s": 3e-12 * flops / seconds,
+        "matrix TFLOP/s": 2e-12 * side**3 / product,
+        "share": 1.5 * flops / side**3 * product / seconds,
+        "GPU memory GiB": torch.cuda.max_memory_allocated() / 2**30,
+        "compile s": first - seconds,
+    }
+    if config.data:
+        batches = loader.batches(0)
+        timed(lambda: next(batches), steps, device)  # until what was decoded ahead is used up
+        found["loader pairs/s"] = B / timed(lambda: next(batches), 3 * steps, device)
+        found["fed pairs/s"] = B / timed(lambda: step(next(batches)), 3 * steps, device)
     return found
 
-# --- Command line -----------------------------------------------------------------------------------------
+
+def run_benchmark(args, flags):
+    """`eval.py benchmark`: a table of figures, which are written to --out as well."""
+    found = benchmark(mae_clip.parse(flags))
+    Path(args.out).write_text(json.dumps(found, indent=1))
+    table = [["figure", "value"]]
+    for name, value in found.items():
+        table.append([name, f"{value:,.4g}" if isinstance(value, float) else str(value)])
+    return format_table(table)
+
+
+# --- Command line ---------------------------------------------------------------------------------
+COMMANDS = {  # its tasks, and what it does
+    "zero-shot": (["zero_shot"], "classify a labelled set's images, or one photo, by their texts"),
+    "retrieval": (["retrieval"], "find the images of texts and the texts of images"),
+    "linear-probe": (["linear_probe"], "fit a linear classifier on frozen features"),
+    "knn": (["knn"], "classify by the nearest training images"),
+    "reconstruct": (["reconstruction"], "predict what is masked, and draw it"),
+    "suite": (list(TASKS), "all that applies, with checkpoints side by side"),
+}
+
+
+def make_parser():
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        "eval.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "paths", nargs="+", metavar="CHECKPOINT", help="a file or a run's folder"
+        )
+        command.add_argument("--data", default="", help="SETs, joined by ::")
+        command.add_argument("--labels", help="of one photo (zero-shot), joined by commas")
+        command.add_argument(
+            "--untrained", action="store_true", help="score a new model, too, like the first"
+        )
+        command.add_argument("--format", default="text", choices=("text", "markdown", "json"))
+        command.add_argument("--out", help="picture of reconstruct (default: in the run's folder)")
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    text = "time training steps; all flags of mae_clip.py apply"
+    command = commands.add_parser("benchmark", help=text, description=text)
+    command.add_argument("--out", default="benchmark.json", help="figures (default: %(default)s)")
+    return parser
+
+
 @torch.no_grad()
 def classify_photo(paths, labels, device):
-    """Paths of a checkpoint and a photo, labels joined by commas -> table of their probabilities."""
+    """Paths of a checkpoint and a photo, labels joined by commas -> table of probabilities."""
     classes = [label.strip() for label in labels.split(",") if label.strip()]
-    if len(classes) < 2 or len(paths) != 2:
-        raise ValueError("--labels: takes two labels or more, and goes with zero-shot CHECKPOINT PHOTO")
-    model, tokenizer, config = mae_clip.load(paths[0], device)
-    texts = class_features(model, tokenizer, classes, ["{c}"]).to(device)
-    image = read_image("", config.image_size, (paths[1], Path(paths[1]).read_bytes()))[None].to(device)
-    chances = (model.logit_scale.exp() * model.encode_image(image) @ texts.T).softmax(dim=1)[0].tolist()
-    ranked = sorted(zip(chances, classes, strict=True), reverse=True)
-    return format_table([["label", "probability"], *([name, show(p)] for p, name in ranked)])
+    if len(paths) != 2 or len(classes) < 2:
+        raise DataError("--labels: takes two labels or more, with zero-shot CHECKPOINT PHOTO")
+    model, tokenizer, config = mae_clip.load(find_checkpoint(paths[0]), device)
+    if not model.has_text_tower:
+        raise DataError(f"{paths[0]}: {config.method} has no text tower")
+    texts = encode_classes(model, tokenizer, classes, ["{c}"]).to(device)
+    photo = read_image(config.image_size, "photo", (paths[1], Path(paths[1]).read_bytes()))
+    logits = model.logit_scale.exp() * model.encode_image(photo[None].to(device)) @ texts.T
+    rows = [["label", "probability"]]
+    for label, share in zip(classes, logits.softmax(dim=1)[0].tolist(), strict=True):
+        rows.append([label, show(share, "")])
+    return format_table(rows)
+
+
+def find_checkpoint(path):
+    """A checkpoint, or a run's folder, which stands for its newest -> Path; else DataError."""
+    found = [path] if Path(path).is_file() else mae_clip.checkpoints(path)
+    if not found:
+        raise DataError(f"{path}: neither a checkpoint nor a run's folder that holds one")
+    return Path(found[0])
+
 
 def run(argv):
-    """What a command prints; ValueError or OSError for bad input."""
-    if argv[:1] == ["benchmark"]:
-        config = mae_clip.parse(argv[1:])
-        found = benchmark(config)
-        Path(config.out or "benchmark.json").write_text(json.dumps(found, indent=1))
-        shown = [[name, f"{x:,.4g}" if isinstance(x, float) else str(x)] for name, x in found.items()]
-        return format_table([["figure", "value"], *shown])
-    parser = argparse.ArgumentParser("eval.py", argparse.SUPPRESS, __doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = [task.replace("_", "-").removesuffix("ion") for task in TASKS]
-    parser.add_argument("command", choices=[*commands, "suite", "benchmark"])
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="zero-shot: or one, and a photo")
-    parser.add_argument("--data", nargs="+", default=[], metavar="SET", help="sets to score on")
-    parser.add_argument("--labels", help="for one photo: what it may show, joined by commas")
-    parser.add_argument("--untrained", action="store_true", help="score a new model beside the checkpoints")
-    parser.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="of the table")
-    parser.add_argument("--out", default="reconstructions.png", help="picture that reconstruct writes")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    args = parser.parse_args(argv)
+    """Runs a command line -> what it prints; ValueError or OSError for bad input."""
+    args, flags = make_parser().parse_known_args(argv)
+    if args.command == "benchmark":
+        return run_benchmark(args, flags)
+    if flags:
+        raise DataError(f"{args.command} has no flag {flags[0]}; see --help")
     device, _ = mae_clip.pick_device(mae_clip.Config(device=args.device))
-    if args.labels is not None and args.command == "zero-shot":
-        return classify_photo(args.checkpoints, args.labels, device)
-    whole, name = args.command == "suite", args.command.replace("-", "_")
-    tasks = [task for task in TASKS if whole or task.startswith(name)]
-    datasets = [dataset for source in args.data for dataset in open_sets(source, whole)]
-    if len({dataset.name for dataset in datasets}) < len(datasets):
-        datasets = [dataset._replace(name=dataset.source) for dataset in datasets]
-    table = suite(args.checkpoints, datasets, tasks, args.format, device, args.untrained)
+    if args.labels is not None:
+        return classify_photo(args.paths, args.labels, device)
+    if not args.data:
+        raise DataError(f"{args.command} needs --data (or, for one photo, --labels)")
+    checkpoints = [find_checkpoint(path) for path in args.paths]
+    datasets = open_sets(args.data, structured=args.command == "suite")
+    tasks, _ = COMMANDS[args.command]
+    rows = suite(checkpoints, datasets, tasks, device, args.untrained)
+    if not rows:
+        sys.exit(2)  # why has been said
     if args.command == "reconstruct":
-        draw_reconstructions(*mae_clip.load(args.checkpoints[0], device)[:2], datasets[-1], args.out)
-    return table
+        path = Path(args.out or checkpoints[0].parent / "reconstruct.png")
+        model, tokenizer, _ = mae_clip.load(checkpoints[0], device)
+        draw_reconstructions(model, tokenizer, datasets[-1], path)
+    return format_rows(rows, args.format)
+
 
 def main(argv=None):
     """The command line: exit code 0 when done, 2 for bad input, 130 when interrupted."""
     try:
-        print(run(sys.argv[1:] if argv is None else argv))
+        print(run(argv))
     except (ValueError, OSError) as error:
-        print(f"eval.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
 
 if __name__ == "__main__":
     main()
