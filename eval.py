@@ -880,7 +880,7 @@ def make_parser():
         )
         command.add_argument("--format", default="text", choices=("text", "markdown", "json"))
         command.add_argument("--out", help="picture of reconstruct (default: in the run's folder)")
-        command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+        command.add_argument("--device", default="auto")
     text = "time training steps; all flags of mae_clip.py apply"
     command = commands.add_parser("benchmark", help=text, description=text)
     command.add_argument("--out", default="benchmark.json", help="figures (default: %(default)s)")
@@ -942,7 +942,7 @@ def main(argv=None):
     """The command line: exit code 0 when done, 2 for bad input, 130 when interrupted."""
     try:
         print(run(argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         say(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
