@@ -59,8 +59,10 @@ def cache_folder():
 
 
 def be_quiet(worker=0):
-    """In a worker process: Ctrl-C is the parent's."""
+    """In a worker process: Ctrl-C is the parent's, and so are the cores, where it wants them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "nice"):  # Windows lacks it
+        os.nice(19)
 
 
 def in_parallel(function, jobs):
@@ -245,13 +247,12 @@ def open_image(data):
     raise DataError(f"image of over {Image.MAX_IMAGE_PIXELS:,} pixels is too large")
 
 
-def decode(data, pixels=math.inf):
+def decode(data, pixels=1 << 30):
     """Image bytes -> upright RGB image, of the first frame; or DataError. A JPEG is decoded at 1/2,
     1/4 or 1/8 of its size where that leaves so many pixels a side."""
     image = open_image(data)
     try:
-        if pixels < min(image.size):
-            image.draft("RGB", (pixels, pixels))
+        image.draft("RGB", (pixels, pixels))
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits, which Pillow's convert would clip
             values = np.asarray(image, np.int32).clip(0, 65535) >> 8

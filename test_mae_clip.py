@@ -51,6 +51,7 @@ from mae_clip import (
 )
 
 evaluation = sys.modules["eval"]  # a name that is a builtin's
+torch.set_num_threads(1)  # on tensors of this size threads only wait for each other
 
 # --- Helpers of the tests -------------------------------------------------------------------------
 
@@ -2610,6 +2611,13 @@ def test_a_simclr_view_is_a_crop_perhaps_flipped_with_changed_colours():
     assert (data.simclr_view(corner, noise[:1])[..., :7, :7] == 77).all()
 
 
+@pytest.mark.parametrize("least, side", [(100, 100), (101, 200), (300, 400), (401, 800)])
+def test_a_jpeg_is_decoded_no_finer_than_asked(least, side):
+    assert data.decode(picture(800, 800), least).size == (side, side)
+    assert data.decode(picture(800, 800)).size == (800, 800)
+    assert data.decode(picture(800, 800, kind="PNG"), least).size == (800, 800)
+
+
 # --- Data: tokenizer ------------------------------------------------------------------------------
 def test_the_tokenizer_is_lossless_on_any_bytes_and_cuts_long_captions_before_eot():
     rng = random.Random(0)
@@ -3364,6 +3372,7 @@ def cache(tmp_path_factory):
     """A cache folder of the tests' own, so that they find nothing that they did not make."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
 
@@ -3532,6 +3541,13 @@ def stopped(stopped_run, tmp_path):
     flags, out = stopped_run
     shutil.copytree(out, tmp_path / "run")
     return (*flags, "--out", tmp_path / "run"), tmp_path / "run"
+
+
+def test_a_run_is_not_resumed_on_other_data(stopped):
+    flags, _ = stopped
+    other = f"{data.builtin(400, 5)}/train-*.tar"
+    done = run(*flags, "--resume", "--data", other, code=2)
+    assert "not what the checkpoint was trained on" in said_in_one_line(done)
 
 
 def test_a_run_that_was_started_is_not_overwritten(stopped):
