@@ -651,7 +651,9 @@ class Loader:
     def __len__(self):
         """Batches an epoch, the same on every rank."""
         if self.stream:
-            raise DataError("a stream's number of samples is unknown: give --steps, not --epochs")
+            raise DataError(
+                "a stream's number of samples is unknown: --steps alone says how long it is read"
+            )
         return self.reader.epoch_size
 
     def epochs(self, step):

@@ -21,9 +21,10 @@ mae_clip sends each image and its caption through the same weights twice:
                                                        +-> decoder --+
                      visible tokens --> text encoder --+             +-> removed tokens: text loss
 
-A quarter is visible. What is removed never enters an encoder; the decoder gets a mask token in its
-place. clip is pass 1 alone, mae the image half of pass 2. In m3ae one trunk encodes visible patches
-and visible tokens together. slip is pass 1 and two augmented views that must find each other.
+A quarter is visible. What is removed never reaches a block of an encoder; the decoder gets a mask
+token in its place. clip is pass 1 alone, mae the image half of pass 2. In m3ae one trunk encodes
+visible patches and visible tokens together. slip is pass 1 and two augmented views that must find
+each other.
 
 Letters for shapes: B batch, N patches, T tokens, K kept, R removed, D width, E embedding, P patch
 side, V vocabulary, G rows of all ranks. In every mask True means removed. All down to the double
@@ -114,8 +115,8 @@ def normalise(images):
 
 
 def patchify(images, patch):
-    """(B,3,H,W) -> (B,N,P*P*3): patches row by row; in each rows, columns, channel fastest
-    (MAE)."""
+    """(B,3,H,W) -> (B,N,P*P*3): patches row by row; the values of each in the order (row,
+    column, channel), as in MAE."""
     x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, 3, H/P, P, W/P, P)
     x = x.permute(0, 2, 4, 3, 5, 1)  # (B, H/P, W/P, P, P, 3)
     return x.flatten(3).flatten(1, 2)
@@ -186,7 +187,8 @@ def random_text_mask(noise, tokens, ratio):
     # Words are sorted by noise, which is below 1, behind SOT and EOT and before padding.
     order = noise.masked_fill(position > end, 2)
     order = order.masked_fill((position == 0) | (position == end), -1)
-    # The second argsort turns the sorted list into each position's place in it.
+    # The first argsort lists the positions in that order; the argsort of the list is the place of
+    # each position in it.
     place = order.argsort(dim=1).argsort(dim=1)
     # How many stay, SOT and EOT included, is looked up by length in a table made on the host, so
     # that float32 rounding plays no part in it.
@@ -201,7 +203,7 @@ class Masked(NamedTuple):
     """What the masked pass knows of one modality (N stands for patches or tokens)."""
 
     keep: torch.Tensor  # (B,K) positions that the encoder sees
-    removed: torch.Tensor  # (B,R) positions that are predicted; R = N - K, some may not be removed
+    removed: torch.Tensor  # (B,R) positions predicted, R = N - K; of a short caption some are spare
     real: torch.Tensor  # (B,N) bool, False at padding; None for patches, which have none
     mask: torch.Tensor  # (B,N) bool, True where removed
 
@@ -230,15 +232,15 @@ class Attention(nn.Module):
         """x (B,T,D), real (B,T) bool: what may be attended to, or None for all -> (B,T,D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B,T,3,heads,D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B,heads,T,D/heads)
-        mask = None if real is None else real[:, None, None, :]  # padding is no key
+        attendable = None if real is None else real[:, None, None, :]  # padding is no key
         if q.is_cpu and q.dtype == torch.bfloat16:
             # Plain products: SDPA's backward pass takes three times as long in bfloat16 on a CPU.
-            scores = q @ k.mT * q.shape[-1] ** -0.5
-            if mask is not None:
-                scores = scores.masked_fill(~mask, -math.inf)
+            scores = (q @ k.mT) * q.shape[-1] ** -0.5
+            if attendable is not None:
+                scores = scores.masked_fill(~attendable, -math.inf)
             y = scores.softmax(dim=-1) @ v
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attendable)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -275,7 +277,7 @@ class Block(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Vision transformer with timm's parameter names. Removed patches never enter it."""
+    """Vision transformer with timm's parameter names. Removed patches never reach its blocks."""
 
     def __init__(self, config):
         super().__init__()
@@ -296,7 +298,7 @@ class ImageEncoder(nn.Module):
         proj = self.patch_embed["proj"]
         x = patchify(normalise(images), proj.stride[0])  # (B,N,P*P*3)
         position = self.pos_embed[:, 1:]
-        if keep is not None:  # here a removed patch leaves, before any work is done on it
+        if keep is not None:  # here a removed patch leaves, before it is projected
             x = take(x, keep)  # (B,K,P*P*3)
             position = take(position, keep)
         # On patches a convolution is a matrix product.
@@ -428,8 +430,8 @@ class Decoder(nn.Module):
 
 
 def at_least_float32(x):
-    """Logits, softmax and pixel statistics are never taken in half precision: bfloat16 holds 3
-    digits."""
+    """The losses' logits, softmax and pixel statistics are never taken in half precision:
+    bfloat16 holds 3 digits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -495,15 +497,15 @@ def simclr_loss(a, b, temperature=0.1):
         own = own_rows(views)
         logits = views @ gather(views).T / temperature  # (2B,2G)
         logits = logits.scatter(1, own.unsqueeze(1), -math.inf)  # no view is its own other one
-        loss = F.cross_entropy(logits, own ^ 1)  # 2i <-> 2i + 1
+        loss = F.cross_entropy(logits, own ^ 1)  # own ^ 1: the other view, 2i <-> 2i + 1
     return mean_over_ranks(loss)
 
 
 # Why two GPUs give the loss and the gradient of one. Each rank scores its own rows against the
-# gathered rows of all ranks, so the mean of the ranks' losses is the loss of the whole batch: every
-# rank returns that number. In the backward pass a gathered row sends home the gradients that all W
-# ranks found for it, summed. Since each of them differentiated the same number, a parameter's local
-# gradients add up to W times the gradient of the whole batch, and DDP divides their sum by W.
+# gathered rows of all W ranks, so the mean of the ranks' losses is the loss of the whole batch:
+# every rank returns that number. In the backward pass a gathered row sends home the gradients that
+# all W ranks found for it, summed. Since each of them differentiated the same number, a parameter's
+# local gradients add up to W times the gradient of the whole batch, and DDP divides their sum by W.
 # All ranks must call a loss together. encode_image, encode_text and reconstruct call none of this.
 
 
@@ -544,8 +546,8 @@ def pool(encoded, how):
 
 
 def simclr_head(width):
-    """SLIP's head, with LayerNorm for its SyncBatchNorm, which would couple the samples of a
-    batch."""
+    """SLIP's head of three layers, with GELU, and with LayerNorm for its SyncBatchNorm, which would
+    couple the samples of a batch."""
     hidden = 4 * width
     layers = []
     for inputs in (width, hidden):
@@ -610,7 +612,7 @@ class MAECLIP(nn.Module):
         text tower."""
         if not self.has_text_tower:
             raise ValueError(
-                f"method {self.config.method} has no text tower: use clip, mae_clip or slip"
+                f"method {self.config.method} has no text tower: clip, mae_clip and slip have one"
             )
         at_end = take(self.text_encoder(tokens), caption_end(tokens)).squeeze(1)  # (B,D)
         return unit_norm(self.text_proj(at_end))
@@ -693,7 +695,7 @@ class MAECLIP(nn.Module):
         return losses
 
     def forward(self, images, tokens, image_noise=None, text_noise=None, views=None):
-        """images (B,3,H,W) uint8 or normalised float, tokens (B,T), which mae ignores;
+        """images (B,3,H,W) uint8 or normalised float, tokens (B,T), whose values mae ignores;
         image_noise (B,N) and text_noise (B,T), uniform, decide what is removed (None: torch's
         global generator); views: a pair of image batches, for slip -> {term: 0-d} of the
         unweighted terms that apply, and `loss`."""
@@ -731,7 +733,7 @@ class MAECLIP(nn.Module):
         """
         if not self.has_decoder:
             raise ValueError(
-                f"method {self.config.method} has no decoder: use mae, m3ae or mae_clip"
+                f"method {self.config.method} has no decoder: mae, m3ae and mae_clip have one"
             )
         noise = self.noise(images, tokens, image_noise, text_noise)
         image, text, _, pixels, logits = self.masked_pass(images, tokens, *noise)
@@ -805,10 +807,10 @@ class Config(ModelConfig):
     optimizer: str = "muon"  # of linear layers' matrices: muon or adamw; all else has adamw
     lr: float = 6e-3  # peak learning rate
     warmup: int = 50  # steps of linear warm-up before the cosine to zero
-    weight_decay: float = 0.1  # AdamW's decay, of matrices only
+    weight_decay: float = 0.1  # of matrices only, by both optimisers
 
     def __post_init__(self):
-        """ValueError, of one line that names the flag, for a value that does not fit."""
+        """ValueError, of one line that names what does not fit."""
         for setting in fields(self):
             value = getattr(self, setting.name)
             found = f"{flag(setting.name)} {value}"
@@ -928,7 +930,8 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(gradient))
             momentum.lerp_(gradient, 0.05)
             direction = orthogonalise(gradient.lerp(momentum, 0.95))  # Nesterov's look ahead
-            # An orthogonal matrix has entries of 1 / sqrt(longer side), AdamW's step about 0.2.
+            # An orthogonal matrix has entries of 1 / sqrt(longer side), AdamW's step about 0.2
+            # each.
             size = 0.2 * max(parameter.shape) ** 0.5
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.sub_(direction, alpha=group["lr"] * size)
@@ -1017,7 +1020,7 @@ def pick_device(config):
     if config.precision == "auto":
         bf16 = device.type == "cuda"
         if device.type == "cpu":
-            bf16 = bf16_speedup(config.width) > 1.2  # a fifth goes into casts
+            bf16 = bf16_speedup(config.width) > 1.2  # casts cost about a fifth
     return device, torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
@@ -1025,9 +1028,8 @@ def compiled(model, config, device):
     """The model, its blocks compiled where --compile says so; by default on CUDA, if it is
     large."""
     if config.compile or (config.compile is None and device.type == "cuda" and config.width > 256):
-        for (
-            module
-        ) in model.modules():  # a whole graph takes minutes; blocks of one shape share theirs
+        # A whole graph takes minutes to compile; blocks of one shape share theirs.
+        for module in model.modules():
             if isinstance(module, Block):
                 module.compile(dynamic=False)
     return model
@@ -1043,7 +1045,8 @@ def keep_memory():
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
-# What may differ between a run and its continuation with --resume; all else must be the same.
+# What may differ between a run and its continuation with --resume. All other settings must be the
+# same, and so must the data, which open_data compares.
 MAY_CHANGE = set(
     "out resume device precision compile log_every save_every data eval_data workers stop_after "
     "tokenizer vocab_size accumulate".split()
@@ -1132,7 +1135,7 @@ def open_run(config):
 
 def open_data(config, state):
     """state: what open_run found -> the training Loader with its tokenizer, and the config with
-    what follows from the data: its place, the vocabulary, the steps."""
+    what follows from the data: where it lies, and the vocabulary."""
     rank, world = ranks()
     if config.batch_size % world:
         raise DataError(
@@ -1185,7 +1188,7 @@ def training_batch(config, step, batch, device):
     image_noise, text_noise, *view_noise = noise.split(sizes, dim=1)
     views = None
     if "simclr" in config.weights():
-        views = [simclr_view(images, noise) for noise in view_noise]
+        views = [simclr_view(images, part) for part in view_noise]
     return images, tokens, image_noise, text_noise, views
 
 
@@ -1232,7 +1235,7 @@ def log(run, rows, seconds, waited):
         with (Path(config.out) / "log.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         shown = "step contrastive image text simclr chance pairs_per_second waiting".split()
-        tqdm.write("  ".join(f"{name} {record[name]:.4g}" for name in shown if name in record))
+        tqdm.write("  ".join(f"{name} {record[name]:.5g}" for name in shown if name in record))
 
 
 def fit(run, net, device, autocast):
@@ -1246,6 +1249,7 @@ def fit(run, net, device, autocast):
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     bar = tqdm(total=config.steps, initial=run.step, disable=rank > 0 or None)
+    # A stream goes on at its next shard, local shards at the next step.
     batches = run.loader.batches(run.loader.position or run.step)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
     try:
