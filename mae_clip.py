@@ -144,7 +144,7 @@ def sincos_2d(width, rows, cols):
 
 def take(x, index):
     """x (B or 1, N, D), index (B,K) -> (B,K,D): the rows of each sample that index names."""
-    return torch.take_along_dim(x, index.unsqueeze(-1), dim=1)
+    return torch.take_along_dim(x, index[..., None], dim=1)
 
 
 # --- Masks ----------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ class Attention(nn.Module):
         """x (B,T,D), real (B,T) bool: what may be attended to, or None for all -> (B,T,D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B,T,3,heads,D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B,heads,T,D/heads)
-        attendable = None if real is None else real[:, None, None, :]  # padding is no key
+        attendable = None if real is None else real[:, None, None]  # padding is no key
         if q.is_cpu and q.dtype == torch.bfloat16:
             # Plain products: SDPA's backward pass takes three times as long in bfloat16 on a CPU.
             scores = (q @ k.mT) * q.shape[-1] ** -0.5
@@ -287,7 +287,7 @@ class ImageEncoder(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         position = F.pad(sincos_2d(width, side, side), (0, 0, 1, 0))  # CLS has the row of zeros
-        self.pos_embed = nn.Buffer(position.unsqueeze(0))  # (1,1+N,D)
+        self.pos_embed = nn.Buffer(position[None])  # (1,1+N,D)
         self.blocks = nn.ModuleList([Block(width, config.heads) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
@@ -390,7 +390,7 @@ class Decoder(nn.Module):
         width = config.decoder_width
         if "image" in config.weights():
             side = config.image_size // config.patch_size
-            position = nn.Buffer(sincos_2d(width, side, side).unsqueeze(0), persistent=False)
+            position = nn.Buffer(sincos_2d(width, side, side)[None], persistent=False)
             self.image = Modality(config.width, width, config.patch_size**2 * 3, position)
         if "text" in config.weights():
             text_width = config.width if config.method == "m3ae" else config.text_width
@@ -481,7 +481,7 @@ def masked_mean(errors, mask):
     """Mean of errors (...) where mask (...) is True, over all ranks -> 0-d; 0 where it is True
     nowhere."""
     sums = torch.stack([errors.where(mask, 0).sum(), mask.sum()])
-    total, count = gather(sums.unsqueeze(0)).sum(dim=0)
+    total, count = gather(sums[None]).sum(dim=0)
     return total / count.clamp(min=1)
 
 
@@ -519,7 +519,8 @@ def gather(x):
     """(B,...) -> (G,...): the rows of all ranks, in their order, with gradient."""
     if not dist.is_initialized():
         return x
-    return all_gather(x, 0, dist.group.WORLD)
+    # chunk(1) changes nothing but the gradient's layout: before torch 2.13 that must have no gaps.
+    return all_gather(x, 0, dist.group.WORLD).chunk(1)[0]
 
 
 def own_rows(x):
@@ -1009,7 +1010,7 @@ def pick_device(config):
     """-> the device of this process, and the autocast for its forward passes."""
     name = config.device
     if name == "auto":
-        name = str(torch.accelerator.current_accelerator() or "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"  # mps has never been tried
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:

@@ -1559,6 +1559,12 @@ def test_the_measured_speed_of_bfloat16_is_a_positive_ratio():
     assert 0 < mae_clip.bf16_speedup(16) < 1000
 
 
+def test_without_a_gpu_auto_is_the_cpu_also_where_torch_is_built_for_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    device, _ = mae_clip.pick_device(preset("tiny"))
+    assert device.type == "cpu"
+
+
 def test_a_device_that_is_not_there_is_named_in_one_line():
     with pytest.raises(DataError, match=r"^--device cuda:77: [^\n]+$"):
         mae_clip.pick_device(preset("tiny", device="cuda:77"))
@@ -2027,8 +2033,9 @@ record_mask(keep, mask, None)
 """,
     "Transformer block": "Block(8, 2)(torch.rand(2, 4, 8), None)",
     "Encoders": """
-ImageEncoder(config)(images, tokens[:, :3])
-TextEncoder(config)(tokens, tokens[:, :3])
+keep = torch.tensor([[0, 5, 15]]).expand(6, -1)
+ImageEncoder(config)(images, keep)
+TextEncoder(config)(tokens, keep)
 """,
     "Decoder": "Decoder(config)(image, torch.rand(2, 3, 96), None, None)",
     "Losses": """
