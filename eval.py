@@ -5,6 +5,7 @@
     python eval.py reconstruct CHECKPOINT --data SET      a picture of what is predicted
     python eval.py suite CHECKPOINT... --data SET::SET    all that applies, side by side
     python eval.py benchmark --scale base --method clip   speed; takes the flags of mae_clip.py
+    python eval.py experiment                             does MAE help, at what amount of data?
 
 A CHECKPOINT is a file or a run's folder, whose newest one counts. A SET is a folder in
 CLIP_benchmark's layout (test/0.tar ..., test/nshards.txt, classnames.txt), captioned shards, or the
@@ -638,6 +639,12 @@ def format_results(results):
 
 
 # --- Suite: checkpoints side by side --------------------------------------------------------------
+def run_folder(checkpoint):
+    """The folder of the run that a checkpoint (its file, or the folder itself) is of."""
+    path = Path(checkpoint)
+    return path if path.is_dir() else path.parent
+
+
 def suite(checkpoints, datasets, tasks, device="cpu", untrained=False):
     """Scores checkpoints (paths), and maybe a new model like the first one -> rows: dicts with
     set, task, measure, images, chance and values {title: Spread}. Of two checkpoints there is the
@@ -645,7 +652,9 @@ def suite(checkpoints, datasets, tasks, device="cpu", untrained=False):
     columns = {}  # {title: {(set, task, measure): Score}}
     for path in checkpoints:
         model, tokenizer, _ = mae_clip.load(path, device)
-        title = str(path) if path.parent.name in columns else path.parent.name
+        title = run_folder(path).name
+        if title in columns:
+            title = str(path)
         columns[title] = measure(model, tokenizer, datasets, tasks)
     compared = list(columns)
     if untrained:
@@ -884,6 +893,8 @@ def make_parser():
     text = "time training steps; all flags of mae_clip.py apply"
     command = commands.add_parser("benchmark", help=text, description=text)
     command.add_argument("--out", default="benchmark.json", help="figures (default: %(default)s)")
+    text = "does masked autoencoding help, and at what amount of data: runs, table and figure"
+    commands.add_parser("experiment", help=text, add_help=False)
     return parser
 
 
@@ -893,7 +904,7 @@ def classify_photo(paths, labels, device):
     classes = [label.strip() for label in labels.split(",") if label.strip()]
     if len(paths) != 2 or len(classes) < 2:
         raise DataError("--labels: takes two labels or more, with zero-shot CHECKPOINT PHOTO")
-    model, tokenizer, config = mae_clip.load(find_checkpoint(paths[0]), device)
+    model, tokenizer, config = mae_clip.load(paths[0], device)
     if not model.has_text_tower:
         raise DataError(f"{paths[0]}: {config.method} has no text tower")
     texts = encode_classes(model, tokenizer, classes, ["{c}"]).to(device)
@@ -905,19 +916,15 @@ def classify_photo(paths, labels, device):
     return format_table(rows)
 
 
-def find_checkpoint(path):
-    """A checkpoint, or a run's folder, which stands for its newest -> Path; else DataError."""
-    found = [path] if Path(path).is_file() else mae_clip.checkpoints(path)
-    if not found:
-        raise DataError(f"{path}: neither a checkpoint nor a run's folder that holds one")
-    return Path(found[0])
-
-
 def run(argv):
     """Runs a command line -> what it prints; ValueError or OSError for bad input."""
     args, flags = make_parser().parse_known_args(argv)
     if args.command == "benchmark":
         return run_benchmark(args, flags)
+    if args.command == "experiment":
+        import experiment  # here, since experiment.py builds on this file
+
+        return experiment.run(flags)
     if flags:
         raise DataError(f"{args.command} has no flag {flags[0]}; see --help")
     device, _ = mae_clip.pick_device(mae_clip.Config(device=args.device))
@@ -925,15 +932,14 @@ def run(argv):
         return classify_photo(args.paths, args.labels, device)
     if not args.data:
         raise DataError(f"{args.command} needs --data (or, for one photo, --labels)")
-    checkpoints = [find_checkpoint(path) for path in args.paths]
     datasets = open_sets(args.data, structured=args.command == "suite")
     tasks, _ = COMMANDS[args.command]
-    rows = suite(checkpoints, datasets, tasks, device, args.untrained)
+    rows = suite(args.paths, datasets, tasks, device, args.untrained)
     if not rows:
         sys.exit(2)  # why has been said
     if args.command == "reconstruct":
-        path = Path(args.out or checkpoints[0].parent / "reconstruct.png")
-        model, tokenizer, _ = mae_clip.load(checkpoints[0], device)
+        path = Path(args.out or run_folder(args.paths[0]) / "reconstruct.png")
+        model, tokenizer, _ = mae_clip.load(args.paths[0], device)
         draw_reconstructions(model, tokenizer, datasets[-1], path)
     return format_rows(rows, args.format)
 
