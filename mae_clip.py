@@ -598,14 +598,15 @@ class MAECLIP(nn.Module):
                 nn.init.zeros_(parameter)
 
     def project_image(self, pooled):
-        """Pooled image (B,D) -> feature (B,E) float32 of unit norm; (B,D) for a method without
-        projection."""
+        """Pooled image (B,D) -> feature (B,E) float32 of unit norm; (B,D), of unit norm too, where
+        there is no projection."""
         if self.has_text_tower:
             pooled = self.image_proj(pooled)
         return unit_norm(pooled)
 
     def encode_image(self, images):
-        """images (B,3,H,W), nothing removed -> (B,E) of unit norm; (B,D) for mae and m3ae."""
+        """images (B,3,H,W), nothing removed -> (B,E) of unit norm; (B,D) where no contrastive loss
+        is trained, as in mae and m3ae."""
         return self.project_image(pool(self.image_encoder(images), self.config.pool))
 
     def encode_text(self, tokens):
@@ -818,7 +819,7 @@ class Config(ModelConfig):
             if setting.name in CHOICES and value not in CHOICES[setting.name]:
                 raise ValueError(f"{found}: must be one of {', '.join(CHOICES[setting.name])}")
             if setting.type in (int, float):
-                low = LOWEST.get(setting.name, setting.type is int)  # counts from 1, rates from 0
+                low = LOWEST.get(setting.name, 1 if setting.type is int else 0)
                 high = 1 if setting.name in SHARES else math.inf
                 if not low <= value <= high:
                     raise ValueError(f"{found}: must be from {low:g} to {high}")
@@ -845,6 +846,7 @@ CHOICES = {
     "precision": ["auto", "fp32", "bf16"],
     "optimizer": ["muon", "adamw"],
 }
+# Of all else counts start at 1 and rates at 0.
 LOWEST = {"batch_size": 2, "crop": 0.01, "context": 3, "vocab_size": 259}
 LOWEST |= dict.fromkeys("seed data_seed samples stop_after warmup workers".split(), 0)
 SHARES = "mask_ratio text_mask_ratio contrastive_mask_ratio crop".split()
@@ -1244,7 +1246,7 @@ def fit(run, net, device, autocast):
     config = run.config
     rank, world = ranks()
     last = min(config.steps, config.stop_after or config.steps)
-    signals = [0]
+    signals = [0]  # and the numbers of those that came
     handlers = {
         number: signal.signal(number, lambda number, _: signals.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
@@ -1327,7 +1329,7 @@ def train(config):
             (out / "results.json").write_text(json.dumps(results, indent=1))
     if "WORLD_SIZE" in os.environ:
         dist.destroy_process_group()
-    return stopped and 128 + stopped
+    return 128 + stopped if stopped else 0
 
 
 # --- The command line -----------------------------------------------------------------------------
