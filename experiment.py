@@ -153,7 +153,7 @@ class Runner:
         folder = self.out / "-".join(key)
         slot = self.slots.get()
         command, environment = launch(slot, self.jobs)
-        command += [*run_flags(key, self.flags), "--out", str(folder), "--resume"]
+        command = [*command, *run_flags(key, self.flags), "--out", str(folder), "--resume"]
         try:
             with open(f"{folder}.log", "a") as log:
                 # The run inherits the lock. Should it outlive this program, a later one waits.
@@ -330,10 +330,9 @@ def marker(drawing, x, y, pool, arm):
 
 
 def ticks(low, high):
-    """At most six round numbers between low and high."""
-    step = 10.0 ** math.floor(math.log10(high - low)) / 5
-    while (high - low) / step > 5:
-        step *= 2 if round(step / 10 ** math.floor(math.log10(step))) != 2 else 2.5
+    """Round numbers from low to high, at most six."""
+    power = 10.0 ** math.floor(math.log10(high - low))
+    step = next(step for step in (0.2, 0.5, 1, 2) if high - low <= 5 * step * power) * power
     return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
 
 

@@ -3,7 +3,9 @@
 import ast
 import contextlib
 import copy
+import csv
 import dataclasses
+import fcntl
 import importlib.util
 import io
 import itertools
@@ -18,7 +20,9 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+import xml.etree.ElementTree
 import zlib
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +39,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import experiment
 import mae_clip
 from data import DataError, Tokenizer
 from eval import fit_linear, retrieval, zero_shot
@@ -3694,3 +3699,280 @@ def test_a_flag_goes_before_the_scale():
 
 def test_small_is_the_default_scale():
     assert mae_clip.parse([]) == preset("small")
+
+
+# --- The experiment -------------------------------------------------------------------------------
+
+# Stands for mae_clip.py: its accuracy follows from method, pairs and seed. With --lr 9 it fails,
+# and with --lr 8 it waits to be ended, unless it was begun before.
+STAND_IN = """
+import json, pathlib, signal, sys, time
+flags = dict(zip(sys.argv[1:-1:2], sys.argv[2:-1:2]))
+out = pathlib.Path(flags["--out"])
+begun = out.exists()
+out.mkdir(exist_ok=True)
+print(*sys.argv[1:], flush=True)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+if flags.get("--lr") == "9":
+    sys.exit("mae_clip.py: error: lower --lr")
+while flags.get("--lr") == "8" and not begun:
+    time.sleep(0.05)
+gain = {"clip": 0.0, "mae_clip": 0.01}[flags["--method"]] * int(flags["--seed"])
+acc1 = int(flags["--samples"]) / 10_000 + gain
+task = {"acc1": acc1, "n": 10, "chance": {"acc1": 0.1}}
+(out / "results.json").write_text(json.dumps({"zero_shot": task, "seconds": 1.2, "steps": 5}))
+"""
+GRID = ("--samples", "1000,2000", "--pool", "gap", "--seed", "1,2,3", "--scale", "tiny")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The experiment runs a stand-in for mae_clip.py."""
+    command = [sys.executable, "-c", STAND_IN]
+    monkeypatch.setattr(experiment, "launch", lambda slot, jobs: (command, dict(os.environ)))
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def rows_of(scores):
+    """{(arm, pairs, pool, seed): share} -> rows of a table of runs that have zero-shot scores."""
+    return {key: {"zero_shot acc1": str(share)} for key, share in scores.items()}
+
+
+def test_an_arm_is_a_method_with_flags_of_its_own():
+    key = ("clip@steps=7@batch_size=64", "100", "max", "3")
+    config = mae_clip.parse(experiment.run_flags(key, ["--scale", "tiny", "--lr", "1e-3"]))
+    found = (config.method, config.steps, config.batch_size, config.lr)
+    assert found == ("clip", 7, 64, 1e-3)
+    assert (config.samples, config.pool, config.seed) == (100, "max", 3)
+
+
+def test_runs_of_one_table_share_all_settings_but_the_axes_and_what_changes_no_result():
+    first = experiment.settings(("clip", "100", "max", "3"), ["--workers", "0", "--device", "cpu"])
+    assert first == experiment.settings(("clip", "200", "gap", "4"), ["--log-every", "7"])
+    other = experiment.settings(("clip", "100", "max", "3"), ["--data-seed", "5"])
+    assert {name for name in first if first[name] != other[name]} == {"data_seed"}
+
+
+@pytest.mark.parametrize("freedom, t", [(1, 12.706), (2, 4.303), (5, 2.571), (30, 2.042)])
+def test_students_t_is_that_of_the_printed_tables(freedom, t):
+    assert experiment.student_t(freedom) == pytest.approx(t, abs=6e-4)
+
+
+def test_an_interval_is_the_hand_worked_one():
+    # Mean 2, standard deviation 1, three values: half an interval is 4.303 / sqrt(3).
+    assert experiment.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2.484), abs=1e-3)
+    middle, half = experiment.interval([5.0])
+    assert middle == 5 and math.isnan(half)
+
+
+def test_a_gain_is_paired_by_seed_and_takes_the_seeds_that_both_have():
+    scores = {("clip", "9", "gap", "1"): 0.5, ("clip", "9", "gap", "2"): 0.1}
+    scores |= {("mae_clip", "9", "gap", "2"): 0.3, ("mae_clip", "9", "gap", "1"): 0.6}
+    scores |= {("mae_clip", "9", "gap", "3"): 0.9, ("mae_clip", "8", "gap", "1"): 0.8}
+    rows = rows_of(scores)
+    found = experiment.gain(rows, "zero_shot acc1", "mae_clip", "clip", "9", "gap")
+    assert sorted(found) == pytest.approx([10, 20])
+
+
+def test_the_experiment_makes_every_run_of_its_grid_and_a_row_of_each(stand_in, tmp_path):
+    table = experiment.run([*GRID, "--jobs", "3", "--out", str(tmp_path)])
+    with (tmp_path / "experiment.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    wanted = itertools.product(["clip", "mae_clip"], ["1000", "2000"], ["gap"], ["1", "2", "3"])
+    assert {tuple(row[axis] for axis in experiment.AXES) for row in rows} == set(wanted)
+    for row in rows:
+        gain = 0.01 * int(row["seed"]) if row["arm"] == "mae_clip" else 0
+        assert float(row["zero_shot acc1"]) == int(row["samples"]) / 10_000 + gain
+        assert row["lr"] == "0.006" and row["seconds"] == "1"
+    # Leads of 1, 2 and 3 points: see the hand-worked interval.
+    assert re.search(r"1,000 +gap +10.0 \(0.0\) +12.0 \(1.0\) +\+2.0 \[-0.5, \+4.5\] +3", table)
+    markdown = (tmp_path / "experiment.md").read_text()
+    assert [cell.strip() for cell in markdown.splitlines()[-1].split("|")] == [
+        *("zero-shot accuracy", "2,000", "gap", "20.0 (0.0)", "22.0 (1.0)"),
+        *("+2.0 [-0.5, +4.5]", "3"),
+    ]
+
+
+def test_what_is_known_is_not_run_again_whether_here_or_in_another_table(stand_in, tmp_path):
+    few = [*GRID[:5], "1,2", *GRID[6:], "--out", str(tmp_path / "a")]
+    experiment.run(few)
+    before = (tmp_path / "a" / "clip-1000-gap-1.log").read_text()
+    experiment.run([*GRID, "--out", str(tmp_path / "a")])
+    assert (tmp_path / "a" / "clip-1000-gap-1.log").read_text() == before
+    assert (tmp_path / "a" / "clip-1000-gap-3.log").exists()
+    tables = ["--csv", str(tmp_path / "a" / "experiment.csv"), "--out", str(tmp_path / "b")]
+    experiment.run([*GRID, *tables])
+    assert not list((tmp_path / "b").glob("*.log"))
+    assert len((tmp_path / "b" / "experiment.csv").read_text().splitlines()) == 1 + 12
+
+
+def test_runs_of_other_settings_are_not_mixed_and_the_setting_is_named(stand_in, tmp_path):
+    experiment.run([*GRID, "--out", str(tmp_path)])
+    with pytest.raises(DataError, match=r"--lr 0.006.*another"):
+        experiment.run([*GRID, "--lr", "0.001", "--out", str(tmp_path)])
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on_and_the_exit_code_is_1(
+    stand_in, tmp_path, capsys
+):
+    arms = ["--method", "clip,mae_clip@lr=9"]
+    with pytest.raises(SystemExit) as end:
+        experiment.run([*arms, *GRID, "--out", str(tmp_path)])
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert "mae_clip@lr=9-1000-gap-2: exit code 1: mae_clip.py: error: lower --lr" in said
+    assert len((tmp_path / "experiment.csv").read_text().splitlines()) == 1 + 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_experiment_that_is_interrupted_ends_its_runs_and_goes_on_with_them(
+    stand_in, tmp_path, number
+):
+    grid = [*GRID, "--lr", "8", "--jobs", "2", "--out", str(tmp_path)]
+
+    def interrupt():
+        while len(list(tmp_path.glob("*-gap-1"))) < 2:  # two runs have begun
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(grid)
+    thread.join()
+    begun = {path.name for path in tmp_path.glob("*-gap-*") if path.is_dir()}
+    assert begun == {"clip-1000-gap-1", "mae_clip-1000-gap-1"}
+    for name in begun:  # so the next sitting resumes them
+        assert (tmp_path / f"{name}.log").read_text().split()[-1] == "--resume"
+    for key in itertools.product(["clip", "mae_clip"], ["1000", "2000"], "123"):
+        (tmp_path / f"{key[0]}-{key[1]}-gap-{key[2]}").mkdir(exist_ok=True)
+    experiment.run(grid)
+    assert len((tmp_path / "experiment.csv").read_text().splitlines()) == 1 + 12
+
+
+def test_a_run_waits_for_one_that_outlived_its_experiment(stand_in, tmp_path):
+    name = tmp_path / "clip-1000-gap-1"
+    with open(f"{name}.log", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        runner = experiment.Runner(tmp_path, ["--scale", "tiny"], 1)
+        thread = threading.Thread(target=runner.run, args=[("clip", "1000", "gap", "1")])
+        thread.start()
+        thread.join(timeout=0.5)
+        assert thread.is_alive() and not name.exists()
+        fcntl.flock(log, fcntl.LOCK_UN)
+    thread.join()
+    assert (name / "results.json").exists()
+
+
+def test_cores_and_gpus_are_shared_out_among_runs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 32)
+    command, environment = experiment.launch(1, 2)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "1,3,5,7"
+    assert environment["OMP_NUM_THREADS"] == "16"
+    assert command[1:3] == ["-m", "torch.distributed.run"] and command[-2] == "4"
+    command, environment = experiment.launch(3, 8)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "3"
+    assert command == [sys.executable, mae_clip.__file__]
+
+
+def test_the_figure_shows_the_tables_numbers():
+    scores = {}
+    for seed, lead in enumerate([0.01, 0.02, 0.03]):
+        for place, samples in enumerate(["1000", "10000", "100000"]):
+            scores["clip", samples, "gap", str(seed)] = 0.5
+            scores["mae_clip", samples, "gap", str(seed)] = 0.5 + lead - 0.02 * place
+    drawing = experiment.draw_figure(rows_of(scores), ["clip", "mae_clip"])
+    left = [shape for shape in drawing.shapes if shape[1][0][0] < 200]
+    heights = {text: points[0][1] - 3 for kind, points, text, _ in left if kind == "words"}
+    unit = (heights["-2"] - heights["2"]) / 4  # of a point
+
+    def values(points):
+        return [(heights["0"] - y) / unit for _, y in points]
+
+    line = next(points for kind, points, _, width in left if kind == "line" and width == 1.2)
+    assert values(line) == pytest.approx([2, 0, -2], abs=1e-6)
+    assert line[1][0] - line[0][0] == pytest.approx(line[2][0] - line[1][0])  # a log axis
+    band = next(points for kind, points, _, opacity in left if kind == "area" and opacity < 1)
+    wanted = [2 + 2.484, 2.484, -2 + 2.484, -2 - 2.484, -2.484, 2 - 2.484]
+    assert values(band) == pytest.approx(wanted, abs=1e-3)
+
+
+def test_a_drawing_comes_out_as_svg_and_as_png(tmp_path):
+    drawing = experiment.Drawing(40, 20)
+    drawing.area([(0, 0), (10, 0), (10, 20), (0, 20)], "#0072b2")
+    drawing.line([(20, 0), (20, 20)], "#d55e00", 4)
+    drawing.words(30, 15, "a < b")
+    drawing.save_svg(tmp_path / "drawing.svg")
+    drawing.save_png(tmp_path / "drawing.png")
+    root = xml.etree.ElementTree.parse(tmp_path / "drawing.svg").getroot()
+    assert [element.tag.split("}")[1] for element in root] == [
+        "rect",
+        "polygon",
+        "polyline",
+        "text",
+    ]
+    assert root[-1].text == "a < b"
+    with Image.open(tmp_path / "drawing.png") as image:
+        assert image.size == (160, 80)
+        assert image.getpixel((20, 40)) == (0, 0x72, 0xB2)
+        assert image.getpixel((80, 40)) == (0xD5, 0x5E, 0)
+        assert image.getpixel((60, 40)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    "low, high, wanted",
+    [
+        (-1, 4, [-1, 0, 1, 2, 3, 4]),
+        (0, 93, [0, 20, 40, 60, 80]),
+        (-0.31, 0.1, [-0.3, -0.2, -0.1, 0, 0.1]),
+        (7, 7.03, [7, 7.01, 7.02, 7.03]),
+    ],
+)
+def test_ticks_are_round_and_few(low, high, wanted):
+    assert experiment.ticks(low, high).tolist() == pytest.approx(wanted)
+
+
+def test_a_figure_of_many_arms_and_poolings_and_of_one_amount_is_drawn(tmp_path):
+    scores = {}
+    for number, arm in enumerate(["clip", "mae_clip", "mae_clip@lr=1", "slip", "clip@steps=2"]):
+        for pool in ("gap", "max", "cls"):
+            scores[arm, "1000", pool, "1"] = 0.1 * number
+    arms = list(dict.fromkeys(arm for arm, *_ in scores))
+    drawing = experiment.draw_figure(rows_of(scores), arms)
+    drawing.save_png(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").exists()
+
+
+def test_the_experiment_trains_and_scores_as_a_user_types_it(tmp_path):
+    grid = ["--samples", 100, "--pool", "cls", "--seed", 7, "--jobs", 1, "--out", tmp_path]
+    done = python(evaluation.__file__, "experiment", *TINY, "--steps", 2, *grid)
+    assert done.returncode == 0, done.stderr
+    assert "zero-shot accuracy" in done.stdout and "None" not in done.stdout
+    results = json.loads((tmp_path / "clip-100-cls-7" / "results.json").read_text())
+    assert results["config"]["samples"] == 100 and results["config"]["pool"] == "cls"
+    with (tmp_path / "experiment.csv").open(newline="") as file:
+        rows = {row["arm"]: row for row in csv.DictReader(file)}
+    assert float(rows["clip"]["zero_shot acc1"]) == results["zero_shot"]["acc1"]
+    assert rows["clip"]["reconstruction image_loss"] == ""
+    assert float(rows["mae_clip"]["reconstruction image_loss"]) > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--method", "clip"], "clip"),
+        (["--method", "clip,clap"], "clap"),
+        (["--samples", "1000,many"], "many"),
+        (["--method", "clip,mae_clip@rate=3"], "--rate"),
+    ],
+)
+def test_an_experiment_that_cannot_be_is_refused_before_any_run(
+    arguments, named, stand_in, tmp_path, capsys
+):
+    with pytest.raises((SystemExit, DataError)) as end:
+        experiment.run([*arguments, "--scale", "tiny", "--out", str(tmp_path / "new")])
+    assert named in capsys.readouterr().err + str(end.value)
+    assert not (tmp_path / "new").exists()
