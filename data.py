@@ -501,7 +501,7 @@ Batch = namedtuple("Batch", "images tokens keys")  # of a rank: uint8 (B,3,S,S),
 class LocalShards:
     """The samples of a Loader's local shards. Every readable one comes once an epoch over all ranks
     and workers, but for the last `count mod global batch` of the epoch's order, which is a pure
-    function of (seed, epoch)."""
+    function of (seed, epoch). Where an image fails to decode, another of its batch comes again."""
 
     def __init__(self, loader, shards):
         self.loader = loader

@@ -549,10 +549,10 @@ def attempt(what, function, *arguments):
 def misfit(task, model, dataset):
     """Why a task cannot be done with a model on a set, in a sentence; empty where it can."""
     method = model.config.method
-    if task in ("zero_shot", "retrieval") and not model.has_text_tower:
-        return f"{method} trains no text tower; use linear-probe, knn or reconstruct"
+    if task in ("zero_shot", "retrieval") and not model.has_projections:
+        return f"this {method} has no contrastive loss; use linear-probe, knn or reconstruct"
     if task == "reconstruction" and not model.has_decoder:
-        return f"{method} has no decoder; reconstruct takes mae, m3ae or mae_clip"
+        return f"this {method} has no reconstruction loss, so no decoder to reconstruct"
     if task in ("retrieval", "reconstruction"):
         if dataset.classes:
             return f"{dataset.source} is a labelled folder; {task} needs captioned shards"
@@ -905,8 +905,8 @@ def classify_photo(paths, labels, device):
     if len(paths) != 2 or len(classes) < 2:
         raise DataError("--labels: takes two labels or more, with zero-shot CHECKPOINT PHOTO")
     model, tokenizer, config = mae_clip.load(paths[0], device)
-    if not model.has_text_tower:
-        raise DataError(f"{paths[0]}: {config.method} has no text tower")
+    if not model.has_projections:
+        raise DataError(f"{paths[0]}: this {config.method} has no contrastive loss to match texts")
     texts = encode_classes(model, tokenizer, classes, ["{c}"]).to(device)
     photo = read_image(config.image_size, "photo", (paths[1], Path(paths[1]).read_bytes()))
     logits = model.logit_scale.exp() * model.encode_image(photo[None].to(device)) @ texts.T

@@ -1,25 +1,26 @@
 """The experiment: does masked autoencoding help CLIP, and at what amount of data?
 
-    python eval.py experiment                                the README's figure: 120 runs
-    python eval.py experiment --quick                        18 of them
-    python eval.py experiment --csv docs/experiment.csv      uses the runs that this table holds
-    python eval.py experiment --scale base --data SHARDS --samples 1000000,10000000 --steps 20000
+    python eval.py experiment                            clip and mae_clip on the built-in scenes
+    python eval.py experiment --quick                    an hour's worth of it
+    python eval.py experiment --csv docs/experiment.csv  uses the runs that this table holds
+    python eval.py experiment --scale base --data SHARDS --eval-data SETS --samples 100000,1000000
 
-Runs mae_clip.py once for each arm, number of unique pairs, pooling and seed, at equal pairs seen;
-flags that are not listed below are its own and go to every run. An arm is a method, or a method
-with flags of its own: clip@steps=900@lr=0.01. The gain is that of the second arm over each other
-one, paired by seed. OUT holds experiment.csv (a row a run), experiment.md (the table),
-experiment.svg and .png (the figure), and each run's folder and log. What is there is not run again;
-what was interrupted goes on.
+Runs mae_clip.py once for each arm, number of unique pairs, pooling and seed. All see equally many
+pairs, since all flags that are not listed below are mae_clip.py's own and go to every run. An arm
+is a method, or a method with flags of its own: clip@steps=900@lr=0.01. The gain is that of the
+second arm over each other one, paired by seed. OUT holds experiment.csv (a row a run),
+experiment.md (the table), experiment.svg and .png (the figure, which tells three arms and three
+poolings apart), and each run's folder and log. Runs that have a row are not made again; what was
+interrupted goes on.
 """
 
 import argparse
 import csv
-import fcntl
 import json
 import math
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -34,14 +35,20 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
 
+import data
 import mae_clip
 from data import DataError
-from eval import format_table, say
+from eval import format_table, open_sets, say
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 AXES = ("arm", "samples", "pool", "seed")  # what tells the runs of a table apart
-# Settings in which runs of one table may differ, beside the axes; all others must be the same.
-FREE = mae_clip.MAY_CHANGE - {"data", "eval_data", "tokenizer", "vocab_size"}
-MEASURES = {  # of the table; the figure draws the first that all arms have
+# Settings in which the runs of a table may differ beside the axes, as no result depends on them.
+FREE = set("out resume device compile log_every save_every workers accumulate".split())
+MEASURES = {  # of the table; the figure draws the first in which two arms can be compared
     "zero_shot acc1": "zero-shot accuracy",
     "retrieval image_retrieval_recall@10": "text to image recall@10",
     "retrieval text_retrieval_recall@10": "image to text recall@10",
@@ -54,36 +61,38 @@ def run_flags(key, flags):
     """The flags of mae_clip.py for a run; key: its (arm, samples, pool, seed), as text."""
     arm, samples, pool, seed = key
     method, *own = arm.split("@")
-    line = [*flags, "--method", method, "--samples", samples, "--pool", pool, "--seed", seed]
+    line = [*flags, "--method", method]
     for setting in own:
         name, _, value = setting.partition("=")
-        line += [mae_clip.flag(name), value]
-    return line
+        if name in AXES or name in FREE:
+            raise DataError(f"arm {arm}: {name} is not an arm's own to set")
+        line.append(mae_clip.flag(name))
+        if value:
+            line.append(value)
+    return [*line, "--samples", samples, "--pool", pool, "--seed", seed]
 
 
 def settings(key, flags):
-    """{setting: value, as text} of a run: all that its results depend on, but the axes."""
+    """{setting: value, as text} of a run: what its results depend on, but the axes."""
     config = asdict(mae_clip.parse(run_flags(key, flags)))
     return {name: str(config[name]) for name in config if name not in FREE.union(AXES)}
 
 
-def read_rows(path, flags):
-    """The runs of a table -> {key: row of text}; DataError where one was run with other
-    settings."""
-    with open(path, newline="", encoding="utf-8") as file:
+def read_rows(path, arms, flags):
+    """The runs in a table -> {key: row of text}; DataError where one of these arms was run with
+    other settings."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     found = {}
     for row in rows:
         key = tuple(row.get(axis) for axis in AXES)
         if None in key:
             raise DataError(f"{path}: is no table of runs, which has the columns {AXES}")
-        wanted = settings(key, flags)
+        wanted = settings(key, flags) if key[0] in arms else {}
         other = [name for name in wanted if row.get(name) != wanted[name]]
         if other:
             then = " ".join(f"{mae_clip.flag(name)} {row.get(name)}" for name in other)
-            raise DataError(
-                f"{path}: {' '.join(key)} was run with {then}; give that, or another table"
-            )
+            raise DataError(f"{path}: {' '.join(key)} was run with {then}; or use another table")
         found[key] = row
     return found
 
@@ -102,7 +111,7 @@ def write_rows(path, rows):
 
 
 def commit():
-    """The commit of the code that runs, where it lies in a git repository."""
+    """The commit of the code that finished a run, where it lies in a git repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -111,37 +120,45 @@ def commit():
 
 
 def make_row(key, flags, results):
-    """What results.json of a run says, as a row of the table, all as text."""
-    row = dict(zip(AXES, key, strict=True)) | settings(key, flags)
+    """What results.json of a run says, as a row of the table, all as text; DataError where nothing
+    was scored."""
+    scores = {}
     for task, entry in results.items():
         if isinstance(entry, dict) and "chance" in entry:
             for name in entry["chance"]:
-                row[f"{task} {name}"] = repr(entry[name])
+                scores[f"{task} {name}"] = repr(entry[name])
+    if not scores:
+        raise DataError("nothing was scored")
+    row = dict(zip(AXES, key, strict=True)) | settings(key, flags) | scores
     return row | {"seconds": str(round(results["seconds"])), "commit": commit()}
 
 
 def launch(slot, jobs):
     """The beginning of a run's command and its environment, for the slot-th of `jobs` runs at a
-    time: cores and GPUs are shared out."""
-    devices = list(range(torch.cuda.device_count()))[slot::jobs]
+    time: cores are shared out, and GPUs, of which a run has several where there are enough."""
+    count = torch.cuda.device_count()
+    cards = [str(card) for card in range(count)]
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        cards = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
     command = [sys.executable]
-    environment = dict(os.environ)
-    environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // jobs))
-    if devices:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(device) for device in devices)
-    if len(devices) > 1:
-        processes = str(len(devices))
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
+    if count:
+        cards = cards[slot % count :: jobs]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(cards)
+        if len(cards) > 1:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc-per-node", str(len(cards))]
     return [*command, mae_clip.__file__], environment
 
 
 class Runner:
-    """Runs what is missing, `jobs` at a time."""
+    """Makes the runs that are missing, `jobs` at a time."""
 
     def __init__(self, out, flags, jobs):
         self.out = out
         self.flags = flags
         self.jobs = jobs
+        self.stopped = False
         self.running = set()
         self.slots = queue.SimpleQueue()
         for slot in range(jobs):
@@ -150,14 +167,17 @@ class Runner:
     def run(self, key):
         """One run from its start or its newest checkpoint to its results -> its row; DataError
         where it failed."""
-        folder = self.out / "-".join(key)
+        folder = self.out / re.sub(r"[^\w.@=-]", "_", "-".join(key))
         slot = self.slots.get()
         command, environment = launch(slot, self.jobs)
         command = [*command, *run_flags(key, self.flags), "--out", str(folder), "--resume"]
         try:
-            with open(f"{folder}.log", "a") as log:
-                # The run inherits the lock. Should it outlive this program, a later one waits.
-                fcntl.flock(log, fcntl.LOCK_EX)
+            with open(f"{folder}.log", "a", encoding="utf-8") as log:
+                if fcntl:
+                    # The run inherits the lock. Should it outlive this program, the next one waits.
+                    fcntl.flock(log, fcntl.LOCK_EX)
+                if self.stopped:
+                    raise DataError(f"{folder}: not begun")
                 process = subprocess.Popen(
                     command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
                 )
@@ -167,30 +187,36 @@ class Runner:
         finally:
             self.slots.put(slot)
         if code:
-            last = Path(f"{folder}.log").read_text().strip().splitlines()[-1:]
-            raise DataError(f"{folder}: exit code {code}: {' '.join(last)}")
+            *_, last = ["", *Path(log.name).read_text(encoding="utf-8").splitlines()]
+            raise DataError(f"exit code {code}: {last}; see {log.name}")
         return make_row(key, self.flags, json.loads((folder / "results.json").read_text()))
+
+    def stop(self):
+        """Ends the runs that are under way, which save what they have trained, and begins none."""
+        self.stopped = True
+        for process in self.running.copy():
+            process.terminate()
 
     def run_all(self, keys, rows):
         """Adds the rows of all keys to rows {key: row} and to the table -> how many failed."""
         failed = 0
         with ThreadPoolExecutor(self.jobs) as pool:
-            runs = {pool.submit(self.run, key): key for key in keys}
             try:
-                for run in tqdm(as_completed(runs), "runs", total=len(runs), disable=None):
+                runs = {pool.submit(self.run, key): key for key in keys}
+                for done in tqdm(as_completed(runs), "runs", total=len(runs), disable=None):
+                    key = runs[done]
                     try:
-                        rows[runs[run]] = run.result()
-                    except (ValueError, OSError) as error:
+                        rows[key] = done.result()
+                    except Exception as error:  # one run's trouble; the others go on
                         failed += 1
-                        say(error)
+                        say(f"failed: {' '.join(key)}: {error}")
                         continue
                     write_rows(self.out / "experiment.csv", rows)
-                    say(f"done: {' '.join(runs[run])}, {rows[runs[run]]['seconds']} s of training")
+                    say(f"done: {' '.join(key)}, {rows[key]['seconds']} s of training")
             except KeyboardInterrupt:
-                say("interrupted; runs are being saved, and the same command goes on")
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in self.running.copy():
-                    process.terminate()
+                say("interrupted; the same command goes on from what its runs have saved")
+                self.stop()
+                pool.shutdown(cancel_futures=True)
                 raise
         return failed
 
@@ -199,7 +225,7 @@ class Runner:
 def student_t(freedom):
     """The 97.5th percentile of Student's t with so many degrees of freedom. With
     t = sqrt(freedom) tan(u) the density of u is proportional to cos(u)^(freedom - 1)."""
-    u = np.linspace(0, math.pi / 2, 1_000_000)
+    u = np.linspace(0, math.pi / 2, 1_000_000)  # the upper half of the distribution
     below = np.cumsum(np.cos(u) ** (freedom - 1))
     return math.sqrt(freedom) * math.tan(u[np.searchsorted(below, 0.95 * below[-1])])
 
@@ -215,7 +241,7 @@ def by_seed(rows, measure, arm, samples, pool):
     """{seed: per cent} of the runs that have the measure."""
     found = {}
     for key, row in rows.items():
-        if key[:3] == (arm, samples, pool) and row.get(measure):
+        if key[:3] == (arm, samples, pool) and row.get(measure, "") not in ("", "nan"):
             found[key[3]] = 100 * float(row[measure])
     return found
 
@@ -230,29 +256,34 @@ def gain(rows, measure, arm, other, samples, pool):
 def values_of(rows, axis):
     """The different values of an axis in {key: row}, as text, numbers in their order."""
     values = {key[AXES.index(axis)] for key in rows}
-    return sorted(values, key=lambda value: (value.isdigit() and int(value), value))
+    return sorted(values, key=lambda value: (len(value), value))
 
 
 def make_table(rows, arms, style):
-    """Scores (mean, standard deviation over seeds) and paired gains [95 % interval] -> text."""
+    """Scores (standard deviation over seeds) and paired gains [95 % interval] (number of pairs) ->
+    text."""
     others = [arm for arm in arms if arm != arms[1]]
     table = [["measure, %", "unique pairs", "pool", *arms]]
-    table[0] += [f"{arms[1]} less {other}, points" for other in others] + ["seeds"]
+    table[0] += [f"{arms[1]} less {other}, points" for other in others]
     for measure, title in MEASURES.items():
         for samples in values_of(rows, "samples"):
             for pool in values_of(rows, "pool"):
-                cells = [title, f"{int(samples):,}", pool]
+                cells = []
                 for arm in arms:
                     scores = list(by_seed(rows, measure, arm, samples, pool).values())
                     spread = f" ({stdev(scores):.1f})" if len(scores) > 1 else ""
                     cells.append(f"{mean(scores):.1f}{spread}" if scores else "-")
                 for other in others:
                     leads = gain(rows, measure, arms[1], other, samples, pool)
-                    middle, half = interval(leads) if leads else (math.nan, math.nan)
-                    cells.append(f"{middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]")
-                    count = len(leads)
-                if count:
-                    table.append([*cells, str(count)])
+                    cells.append("-")
+                    if leads:
+                        middle, half = interval(leads)
+                        ends = f"[{middle - half:+.1f}, {middle + half:+.1f}]"
+                        cells[-1] = f"{middle:+.1f} {ends} ({len(leads)})".replace(
+                            "[+nan, +nan] ", ""
+                        )
+                if set(cells) != {"-"}:
+                    table.append([title, f"{int(samples):,}", pool, *cells])
     return format_table(table, style)
 
 
@@ -322,11 +353,13 @@ FILLS = ("white", None, "#bbbbbb")  # of the arms' markers; None: the pooling's 
 
 
 def marker(drawing, x, y, pool, arm):
-    """The sign of a pooling (its number) and an arm (its number)."""
-    angles = np.linspace(0, 2 * math.pi, CORNERS[pool], endpoint=False) + math.pi / CORNERS[pool]
+    """The sign of a pooling and an arm, which are given by their numbers."""
+    corners = CORNERS[pool % 3]
+    colour = COLOURS[pool % 3]
+    angles = (np.arange(corners) + 0.5) * 2 * math.pi / corners
     points = [(x + 3 * math.sin(angle), y + 3 * math.cos(angle)) for angle in angles]
-    drawing.area(points, FILLS[arm % 3] or COLOURS[pool])
-    drawing.line([*points, *points[:2]], COLOURS[pool])
+    drawing.area(points, FILLS[arm % 3] or colour)
+    drawing.line([*points, *points[:2]], colour)  # closed, with a joint at the first corner too
 
 
 def ticks(low, high):
@@ -336,77 +369,102 @@ def ticks(low, high):
     return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
 
 
-def draw_panel(drawing, left, title, amounts, lines):
-    """One panel, 150 points wide: a line for each of `lines`, (name, number of its pooling, number
-    of its arm, [(unique pairs, value, half of the interval or NaN)])."""
+def draw_panel(drawing, left, title, amounts, lines, always):
+    """One panel, 150 points wide, whose vertical axis holds the numbers `always`. lines: (name,
+    number of its pooling, number of its arm, [(unique pairs, value, half of its interval)])."""
     top, bottom, right = 24, 130, left + 150
-    ends = [0.0]
+    ends = [*always]
     for *_, points in lines:
         for _, value, half in points:
-            reach = 0 if math.isnan(half) else half
-            ends += [value - reach, value + reach]
-    low, high = min(ends), max(ends) + 1e-9
+            ends += [value - half, value + half]
+    low, high = min(ends), max(ends)
+    margin = 0.05 * (high - low) + 1e-6
+    low, high = low - margin, high + margin
+    decades = math.log(amounts[-1] / amounts[0]) or 1.0  # 1: a single amount
 
     def place(pairs, value):
-        far = math.log(pairs / amounts[0]) / max(1e-9, math.log(amounts[-1] / amounts[0]))
-        return left + 8 + 134 * far, bottom - (bottom - top) * (value - low) / (high - low)
+        x = left + 8 + 134 * math.log(pairs / amounts[0]) / decades
+        return x, bottom - (bottom - top) * (value - low) / (high - low)
 
     drawing.words(left - 20, 14, title)
     for value in ticks(low, high):
         _, y = place(amounts[0], value)
-        drawing.line([(left, y), (right, y)], "#dddddd", 0.5)
+        zero = abs(value) < 1e-9
+        drawing.line([(left, y), (right, y)], "black" if zero else "#dddddd", 0.6)
         drawing.words(left - 3, y + 3, f"{value:g}", "end")
     for pairs in amounts:
         x, _ = place(pairs, low)
-        drawing.line([(x, bottom), (x, bottom + 3)], width=0.7)
-        drawing.words(x, bottom + 12, f"{pairs / 1000:g}k", "middle")
-    _, zero = place(amounts[0], 0)
-    drawing.line([(left, zero), (right, zero)], width=0.7)
+        drawing.line([(x, bottom), (x, bottom + 3)], width=0.6)
+        short = f"{pairs / 1e6:g}M" if pairs >= 1e6 else f"{pairs / 1e3:g}k"
+        drawing.words(x, bottom + 12, short, "middle")
     drawing.words((left + right) / 2, bottom + 23, "unique pairs (log scale)", "middle")
     for row, (name, pool, arm, points) in enumerate(lines):
-        band = [place(pairs, value + half) for pairs, value, half in points]
-        band += [place(pairs, value - half) for pairs, value, half in reversed(points)]
-        if not np.isnan(band).any():
-            drawing.area(band, COLOURS[pool], 0.15)
-        middle = [place(pairs, value) for pairs, value, _ in points]
-        drawing.line(middle, COLOURS[pool], 1.2)
-        for x, y in middle:
-            marker(drawing, x, y, pool, arm)
         y = bottom + 38 + 11 * row
         marker(drawing, left, y - 3, pool, arm)
         drawing.words(left + 8, y, name)
+        if len(points) > 1:
+            band = [place(pairs, value + half) for pairs, value, half in points]
+            band += [place(pairs, value - half) for pairs, value, half in reversed(points)]
+            drawing.area(band, COLOURS[pool % 3], 0.15)
+            middle = [place(pairs, value) for pairs, value, _ in points]
+            drawing.line(middle, COLOURS[pool % 3], 1.2)
+        for pairs, value, _ in points:
+            marker(drawing, *place(pairs, value), pool, arm)
 
 
 def draw_figure(rows, arms):
-    """The gain of the second arm over each other one, and all scores, against unique pairs ->
-    Drawing; None where no measure has both."""
+    """The gain of the second arm over each other one, with its 95 % band, and the scores, against
+    unique pairs -> Drawing; None where no measure lets two arms be compared."""
     amounts = [int(samples) for samples in values_of(rows, "samples")]
     for measure, title in MEASURES.items():
         gains = []
         scores = []
-        for number, pool in enumerate(values_of(rows, "pool")):
-            for place, arm in enumerate(arms):
+        for pool_number, pool in enumerate(values_of(rows, "pool")):
+            for arm_number, arm in enumerate(arms):
                 leads = []
                 means = []
                 for samples in amounts:
                     score = list(by_seed(rows, measure, arm, str(samples), pool).values())
                     lead = gain(rows, measure, arms[1], arm, str(samples), pool)
                     if score:
-                        means.append((samples, mean(score), math.nan))
-                    if lead:
-                        leads.append((samples, *interval(lead)))
-                scores.append((f"{arm}, {pool}", number, place, means))
-                if arm != arms[1]:
-                    gains.append((f"over {arm}, {pool}", number, place, leads))
-        if any(points for *_, points in gains):
+                        means.append((samples, mean(score), 0.0))
+                    if lead and arm != arms[1]:
+                        middle, half = interval(lead)
+                        leads.append((samples, middle, 0.0 if math.isnan(half) else half))
+                signs = (pool_number, arm_number)
+                if means:
+                    scores.append((f"{arm}, {pool}", *signs, means))
+                if leads:
+                    gains.append((f"over {arm}, {pool}", *signs, leads))
+        if gains:
             drawing = Drawing(400, 170 + 11 * len(scores))
-            draw_panel(drawing, 34, f"gain of {arms[1]}, points", amounts, gains)
-            draw_panel(drawing, 236, f"{title}, %", amounts, scores)
+            draw_panel(drawing, 34, f"gain of {arms[1]}, points", amounts, gains, [0.0])
+            draw_panel(drawing, 236, f"{title}, %", amounts, scores, [])
             return drawing
     return None
 
 
 # --- Command line ---------------------------------------------------------------------------------
+def words(text):
+    """Words with commas between them -> list, each once."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def numbers(text):
+    """The same for whole numbers, as text."""
+    return words(",".join(str(int(word)) for word in words(text)))
+
+
+DEFAULTS = {
+    "method": (words, "clip,mae_clip", "arms"),
+    "samples": (numbers, "1000,2500,6000,16000,40000", "numbers of unique pairs"),
+    "pool": (words, "gap,max", "poolings"),
+    "seed": (numbers, "3,4,5,6,7,8", "seeds"),
+    "csv": (words, "", "tables of runs to use as well"),
+}
+QUICK = {"samples": "1000,6000,40000", "pool": "gap", "seed": "3,4,5"}
+
+
 def parse(argv):
     """The command line -> its values, and the flags that are mae_clip.py's."""
     parser = argparse.ArgumentParser(
@@ -415,29 +473,32 @@ def parse(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    values = {
-        "method": ("clip,mae_clip", "arms"),
-        "samples": ("1000,2500,6000,16000,40000", "numbers of unique pairs"),
-        "pool": ("gap,max", "poolings"),
-        "seed": ("3,4,5,6,7,8", "seeds"),
-        "csv": ("", "tables of runs to use as well"),
-        "out": ("runs/experiment", "folder"),
-        "jobs": (max(1, os.cpu_count() // 2), "runs at a time, which share cores and GPUs"),
-    }
+    parser.add_argument("--quick", action="store_true", help="three amounts, gap, three seeds")
+    for name, (kind, value, text) in DEFAULTS.items():
+        text += ", with commas between (default: %(default)s)"
+        parser.add_argument(f"--{name}", type=kind, default=value, help=text)
+    jobs = torch.cuda.device_count() or max(1, os.cpu_count() // 2)
+    text = "runs at a time, which share cores and GPUs (default: %(default)s)"
+    parser.add_argument("--jobs", type=int, default=jobs, help=text)
+    parser.add_argument("--out", default="runs/experiment", help="folder (default: %(default)s)")
     if "--quick" in argv:
-        values |= {name: (value, values[name][1]) for name, value in QUICK.items()}
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer: three amounts, gap, three seeds"
-    )
-    for name, (value, text) in values.items():
-        text += ", with commas between" if isinstance(value, str) and name != "out" else ""
-        parser.add_argument(
-            f"--{name}", default=value, type=type(value), help=f"{text} (default: {value})"
-        )
-    return parser.parse_known_args(argv)
+        parser.set_defaults(**QUICK)
+    args, flags = parser.parse_known_args(argv)
+    if len(args.method) < 2:
+        raise DataError(f"--method {args.method}: takes two arms or more, such as clip,mae_clip")
+    if args.jobs < 1 or "0" in args.samples:
+        raise DataError("--jobs and --samples: must be 1 or more")
+    return args, flags
 
 
-QUICK = {"samples": "1000,6000,40000", "pool": "gap", "seed": "3,4,5"}
+def check(key, flags):
+    """DataError, or exit code 2 and a line, where a run could not be made or scored."""
+    config = mae_clip.parse(run_flags(key, flags))
+    open_sets(config.eval_data)
+    if config.data:
+        data.expand(config.data)
+        if not config.eval_data:
+            raise DataError("--data needs --eval-data, the sets that all runs are scored on")
 
 
 def run(argv):
@@ -445,36 +506,32 @@ def run(argv):
     run failed."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     args, flags = parse(argv)
-    arms = args.method.split(",")
-    if len(set(arms)) < 2:
-        raise DataError(f"--method {args.method}: takes two arms or more, such as clip,mae_clip")
     wanted = []
-    for seed in args.seed.split(","):  # outermost: an early figure has all amounts
-        for samples in args.samples.split(","):
-            for pool in args.pool.split(","):
-                wanted += [(arm, samples, pool, seed) for arm in arms]
+    for seed in args.seed:  # outermost: so an early figure has all amounts
+        for samples in args.samples:
+            for pool in args.pool:
+                wanted += [(arm, samples, pool, seed) for arm in args.method]
     for key in wanted:
-        settings(key, flags)  # what does not fit is said now
+        check(key, flags)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     own = out / "experiment.csv"
-    tables = [path for path in args.csv.split(",") if path]
-    if own.exists():
-        tables.append(own)
     rows = {}
-    for path in tables:
-        rows |= read_rows(path, flags)
+    for path in [*args.csv, own]:
+        if path != own or own.exists():
+            rows |= read_rows(path, args.method, flags)
     missing = [key for key in wanted if key not in rows]
     say(f"{len(wanted)} runs, {len(missing)} of them still to be made, {args.jobs} at a time")
     failed = Runner(out, flags, args.jobs).run_all(missing, rows)
     write_rows(own, rows)
-    (out / "experiment.md").write_text(make_table(rows, arms, "markdown") + "\n")
-    drawing = draw_figure(rows, arms)
+    table = make_table(rows, args.method, "markdown")
+    (out / "experiment.md").write_text(table + "\n", encoding="utf-8")
+    drawing = draw_figure(rows, args.method)
     if drawing:
         drawing.save_svg(out / "experiment.svg")
         drawing.save_png(out / "experiment.png")
         say(f"figure: {out}/experiment.svg and .png; table: experiment.md; runs: experiment.csv")
-    table = make_table(rows, arms, "text")
+    table = make_table(rows, args.method, "text")
     if failed:
         print(table)
         sys.exit(1)

@@ -184,7 +184,7 @@ def random_text_mask(noise, tokens, ratio):
     T = tokens.shape[1]
     position = torch.arange(T, device=tokens.device)
     end = caption_end(tokens)
-    # Words are sorted by noise, which is below 1, behind SOT and EOT and before padding.
+    # Sort keys: SOT and EOT -1, the tokens between them their noise in 0..1, padding 2.
     order = noise.masked_fill(position > end, 2)
     order = order.masked_fill((position == 0) | (position == end), -1)
     # The first argsort lists the positions in that order; the argsort of the list is the place of
@@ -192,9 +192,10 @@ def random_text_mask(noise, tokens, ratio):
     place = order.argsort(dim=1).argsort(dim=1)
     # How many stay, SOT and EOT included, is looked up by length in a table made on the host, so
     # that float32 rounding plays no part in it.
-    stay = [2 + kept_count(words, ratio) for words in range(T - 1)]
+    stay = [2 + kept_count(length, ratio) for length in range(T - 1)]
+    # EOT at position `end` has end - 1 tokens between SOT and itself.
     mask = (place >= torch.tensor(stay, device=tokens.device)[end - 1]) & (position < end)
-    # Removed words now sort behind the padding, where they fall off the end.
+    # Removed tokens get the key 3, behind the padding, and fall off the end of what is kept.
     keep = order.masked_fill(mask, 3).argsort(dim=1, stable=True)[:, : stay[-1]]
     return keep, mask
 
@@ -203,7 +204,8 @@ class Masked(NamedTuple):
     """What the masked pass knows of one modality (N stands for patches or tokens)."""
 
     keep: torch.Tensor  # (B,K) positions that the encoder sees
-    removed: torch.Tensor  # (B,R) positions predicted, R = N - K; of a short caption some are spare
+    removed: torch.Tensor  # (B,R) positions predicted, R = N - K. In a short caption fewer are
+    # removed; then the last ones are spare and name positions that were not.
     real: torch.Tensor  # (B,N) bool, False at padding; None for patches, which have none
     mask: torch.Tensor  # (B,N) bool, True where removed
 
@@ -212,6 +214,7 @@ def record_mask(keep, mask, real):
     """keep (B,K), mask (B,N), real (B,N) or None -> Masked. All of a sample's removed positions
     fit into its R slots, since a shorter caption loses no more tokens than the longest one."""
     slots = mask.shape[1] - keep.shape[1]
+    # Sorted like this, positions where the mask is True come first.
     removed = mask.int().argsort(dim=1, descending=True, stable=True)[:, :slots]
     return Masked(keep, removed, real, mask)
 
@@ -284,6 +287,7 @@ class ImageEncoder(nn.Module):
         width = config.width
         patch = config.patch_size
         side = config.image_size // patch
+        # A convolution for timm's name and shapes alone; forward multiplies by its weight.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         position = F.pad(sincos_2d(width, side, side), (0, 0, 1, 0))  # CLS has the row of zeros
@@ -291,10 +295,13 @@ class ImageEncoder(nn.Module):
         self.blocks = nn.ModuleList([Block(width, config.heads) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, images, keep=None, words=None, words_real=None):
-        """images (B,3,H,W) uint8 or normalised float, keep (B,K) positions of the patches that
-        are seen, or None for all -> (B,1+K,D) after the final norm, CLS first. m3ae adds words
-        (B,T,D), embedded, words_real (B,T) False where they are padding -> (B,1+K+T,D)."""
+    def forward(self, images, keep=None, text=None, text_real=None):
+        """images (B,3,H,W) uint8 or normalised float; keep (B,K) positions of the patches that
+        are seen, None for all N -> (B,1+K,D) after the final norm, CLS first.
+
+        m3ae adds text (B,M,D), the M embedded tokens that are seen, and text_real (B,M), False
+        where they are padding -> (B,1+K+M,D).
+        """
         proj = self.patch_embed["proj"]
         x = patchify(normalise(images), proj.stride[0])  # (B,N,P*P*3)
         position = self.pos_embed[:, 1:]
@@ -307,9 +314,9 @@ class ImageEncoder(nn.Module):
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B,1+K,D)
         real = None
-        if words is not None:
-            real = F.pad(words_real, (x.shape[1], 0), value=True)  # patches are never padding
-            x = torch.cat([x, words], dim=1)
+        if text is not None:
+            real = F.pad(text_real, (x.shape[1], 0), value=True)  # patches are never padding
+            x = torch.cat([x, text], dim=1)
         for block in self.blocks:
             x = block(x, real)
         return self.norm(x)
@@ -370,7 +377,7 @@ class Modality(nn.Module):
         self.embed = nn.Linear(encoder_width, width)
         # The mask token and embed's bias also tell the decoder which modality a position is of.
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.position = position  # (1,N,width)
+        self.position = position  # (1,N,width): a fixed buffer for patches, learned for text
         self.head = nn.Linear(width, predicted)
 
     def enter(self, encoded, masked):
@@ -401,9 +408,10 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, image, encoded_image, text, encoded_text):
-        """image, text: Masked, or None for a modality that is left out; encoded_image (B,1+K,D),
-        CLS first, encoded_text (B,K,D) -> pixels (B,R,P*P*3), word logits (B,R,V) of what was
-        removed."""
+        """image, text: Masked, or None for a modality that is left out; encoded_image,
+        encoded_text: (B,1+K,D), CLS first, and (B,K,D), each with its own K and D -> pixels
+        (B,R,P*P*3) of removed patches, logits (B,R,V) of removed tokens, each with its own R.
+        """
         parts = []
         if image is not None:
             parts.append(self.image.embed(encoded_image[:, :1]))  # CLS, which has no position
@@ -417,7 +425,7 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x, real)
         x = self.norm(x)
-        # Heads see the removed ones alone: pixels and a whole vocabulary are dear.
+        # Heads see the removed positions alone: a whole vocabulary for each is dear.
         pixels = logits = None
         if image is not None:
             pixels = self.image.head(take(x[:, 1:], image.removed))
@@ -430,8 +438,8 @@ class Decoder(nn.Module):
 
 
 def at_least_float32(x):
-    """The losses' logits, softmax and pixel statistics are never taken in half precision:
-    bfloat16 holds 3 digits."""
+    """x in float32, or as it is where it is wider. Features, softmax and pixel statistics need
+    more than the two or three digits of bfloat16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -458,7 +466,7 @@ def contrastive_loss(image_features, text_features, scale):
 
 def patch_targets(patches, normalise=True):
     """What patches (...,P*P*3) are to be predicted as: MAE normalises each by its own mean and
-    unbiased variance (+1e-6). To reconstruct something else, change this function."""
+    unbiased variance (+1e-6). To reconstruct another target of this size, change this function."""
     patches = at_least_float32(patches)
     if not normalise:
         return patches
@@ -481,7 +489,7 @@ def masked_mean(errors, mask):
     """Mean of errors (...) where mask (...) is True, over all ranks -> 0-d; 0 where it is True
     nowhere."""
     sums = torch.stack([errors.where(mask, 0).sum(), mask.sum()])
-    total, count = gather(sums[None]).sum(dim=0)
+    total, count = gather(sums[None]).sum(dim=0)  # over all ranks, with gradient
     return total / count.clamp(min=1)
 
 
@@ -501,15 +509,17 @@ def simclr_loss(a, b, temperature=0.1):
     return mean_over_ranks(loss)
 
 
-# Why two GPUs give the loss and the gradient of one. Each rank scores its own rows against the
-# gathered rows of all W ranks, so the mean of the ranks' losses is the loss of the whole batch:
-# every rank returns that number. In the backward pass a gathered row sends home the gradients that
-# all W ranks found for it, summed. Since each of them differentiated the same number, a parameter's
-# local gradients add up to W times the gradient of the whole batch, and DDP divides their sum by W.
+# Why two GPUs give the loss and the gradient of one, if each has as many rows as the other.
+# Forward, every rank computes the same number, the loss of the whole batch: contrastive_loss and
+# simclr_loss score their own rows against the rows of all ranks and take the mean over ranks,
+# masked_mean divides a sum over all ranks by a count over all ranks.
+# Backward, gather sends each row's gradient home, summed over the ranks that used the row. So the
+# gradients that the W ranks have for a parameter add up to W times the gradient of one GPU with
+# the whole batch, and DistributedDataParallel takes their mean.
 # All ranks must call a loss together. encode_image, encode_text and reconstruct call none of this.
 
 
-# all_gather_tensor_autograd is its name before torch 2.13.
+# torch 2.13 renamed all_gather_tensor_autograd.
 all_gather = getattr(
     collectives, "all_gather_single_autograd", collectives.all_gather_tensor_autograd
 )
@@ -519,7 +529,7 @@ def gather(x):
     """(B,...) -> (G,...): the rows of all ranks, in their order, with gradient."""
     if not dist.is_initialized():
         return x
-    # chunk(1) changes nothing but the gradient's layout: before torch 2.13 that must have no gaps.
+    # chunk(1) makes the gradient contiguous on its way back, as torch before 2.13 requires.
     return all_gather(x, 0, dist.group.WORLD).chunk(1)[0]
 
 
@@ -547,8 +557,8 @@ def pool(encoded, how):
 
 
 def simclr_head(width):
-    """SLIP's head of three layers, with GELU, and with LayerNorm for its SyncBatchNorm, which would
-    couple the samples of a batch."""
+    """SLIP's head of three layers, with GELU for its ReLU, and LayerNorm for its SyncBatchNorm,
+    which would couple the samples of a batch."""
     hidden = 4 * width
     layers = []
     for inputs in (width, hidden):
@@ -557,17 +567,21 @@ def simclr_head(width):
 
 
 class MAECLIP(nn.Module):
-    """The five methods over one set of parts. A part that only terms without weight need is not
-    built."""
+    """The five methods over one set of parts.
+
+    A term of weight 0 is not computed, and a part that only such terms need is not built. Weights
+    are drawn by name, and masks by the noise that is passed in, so nothing left out shifts what is
+    left: mae_clip with both reconstruction weights 0 is clip, bit for bit.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         terms = config.weights()
         self.one_trunk = config.method == "m3ae" and "text" in terms
-        self.has_text_tower = "contrastive" in terms
+        self.has_projections = "contrastive" in terms
         self.has_decoder = "image" in terms or "text" in terms
-        # Drawn before any part is made, as PyTorch's layers draw weights of their own.
+        # First, so that it does not depend on the random numbers that the layers below draw.
         seed = torch.randint(2**31, (), device="cpu").item()
         self.image_encoder = ImageEncoder(config)
         if self.one_trunk:
@@ -593,14 +607,15 @@ class MAECLIP(nn.Module):
             if "token" in name or "position" in name:
                 nn.init.normal_(parameter, std=0.02, generator=generator)
             elif parameter.ndim > 1:  # the patch convolution counts as a matrix
-                nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
+                nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)  # in place
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+            # Norms' weights stay 1, and the logit scale stays as it was made.
 
     def project_image(self, pooled):
         """Pooled image (B,D) -> feature (B,E) float32 of unit norm; (B,D), of unit norm too, where
         there is no projection."""
-        if self.has_text_tower:
+        if self.has_projections:
             pooled = self.image_proj(pooled)
         return unit_norm(pooled)
 
@@ -612,17 +627,17 @@ class MAECLIP(nn.Module):
     def encode_text(self, tokens):
         """tokens (B,T), nothing removed -> (B,E) of unit norm, read at EOT; ValueError without
         text tower."""
-        if not self.has_text_tower:
+        if not self.has_projections:
             raise ValueError(
-                f"method {self.config.method} has no text tower: clip, mae_clip and slip have one"
+                f"this {self.config.method} has no contrastive loss: it matches no texts"
             )
         at_end = take(self.text_encoder(tokens), caption_end(tokens)).squeeze(1)  # (B,D)
         return unit_norm(self.text_proj(at_end))
 
     def masked_pass(self, images, tokens, image_noise, text_noise):
-        """Removes patches and tokens, encodes what is left and predicts the rest; without its
-        weight a modality is left out -> image, text: Masked or None; encoded image (B,1+K,D);
-        pixels, logits."""
+        """Removes patches and tokens, encodes what is left, predicts the rest -> image, text:
+        Masked; encoded_image (B,1+K,D); pixels, logits as from Decoder. All of a modality whose
+        reconstruction has no weight are None (m3ae needs that of its image)."""
         config = self.config
         image = text = encoded_image = encoded_text = None
         if "image" in config.weights():
@@ -646,7 +661,7 @@ class MAECLIP(nn.Module):
     def outputs(self, images, tokens, image_noise, text_noise, *views):
         """Everything that the losses are computed from, by name, a row for each sample."""
         config = self.config
-        images = normalise(images)
+        images = normalise(images)  # once: the encoder leaves floats as they are
         image = text = None
         outputs = {}
         if self.has_decoder:
@@ -656,11 +671,11 @@ class MAECLIP(nn.Module):
         if image is not None:
             target = take(patchify(images, config.patch_size), image.removed)  # (B,R,P*P*3)
             outputs["image_error"] = image_error(pixels, target, config.norm_pix)  # (B,R)
-            outputs["image_removed"] = image.mask.gather(1, image.removed)
+            outputs["image_counts"] = image.mask.gather(1, image.removed)  # (B,R), all True
         if text is not None:
             outputs["text_error"] = text_error(logits, tokens.gather(1, text.removed))  # (B,R)
-            outputs["text_removed"] = text.mask.gather(1, text.removed)
-        if self.has_text_tower:
+            outputs["text_counts"] = text.mask.gather(1, text.removed)  # False at spare ones
+        if self.has_projections:
             ratio = config.contrastive_mask_ratio
             if ratio == 0:
                 seen = self.image_encoder(images)
@@ -671,11 +686,9 @@ class MAECLIP(nn.Module):
             outputs["image_features"] = self.project_image(pool(seen, config.pool))  # (B,E)
             outputs["text_features"] = self.encode_text(tokens)
         if "simclr" in config.weights():
-            first, second = views
-            outputs["first_views"] = self.simclr_head(pool(self.image_encoder(first), config.pool))
-            outputs["second_views"] = self.simclr_head(
-                pool(self.image_encoder(second), config.pool)
-            )
+            for name, view in zip(("first_views", "second_views"), views, strict=True):
+                encoded = self.image_encoder(view)
+                outputs[name] = self.simclr_head(pool(encoded, config.pool))
         return outputs
 
     def losses(self, outputs):
@@ -686,9 +699,9 @@ class MAECLIP(nn.Module):
                 outputs["image_features"], outputs["text_features"], self.logit_scale.exp()
             )
         if "image_error" in outputs:
-            losses["image"] = masked_mean(outputs["image_error"], outputs["image_removed"])
+            losses["image"] = masked_mean(outputs["image_error"], outputs["image_counts"])
         if "text_error" in outputs:
-            losses["text"] = masked_mean(outputs["text_error"], outputs["text_removed"])
+            losses["text"] = masked_mean(outputs["text_error"], outputs["text_counts"])
         if "first_views" in outputs:
             losses["simclr"] = simclr_loss(outputs["first_views"], outputs["second_views"])
         losses["loss"] = sum(
@@ -735,7 +748,7 @@ class MAECLIP(nn.Module):
         """
         if not self.has_decoder:
             raise ValueError(
-                f"method {self.config.method} has no decoder: mae, m3ae and mae_clip have one"
+                f"this {self.config.method} has no reconstruction loss: it has no decoder"
             )
         noise = self.noise(images, tokens, image_noise, text_noise)
         image, text, _, pixels, logits = self.masked_pass(images, tokens, *noise)
@@ -753,7 +766,7 @@ class MAECLIP(nn.Module):
             found["image_mask"] = image.mask
         if text is not None:
             guess = tokens.scatter(1, text.removed, logits.argmax(dim=-1))
-            found["text"] = guess.where(text.mask, tokens)  # not where a slot held no word
+            found["text"] = guess.where(text.mask, tokens)  # spare positions keep their token
             found["text_mask"] = text.mask
         return found
 
@@ -786,7 +799,7 @@ class Config(ModelConfig):
     """Every setting of a run. A field's flag is its name (batch_size: --batch-size), its comment
     the flag's help."""
 
-    out: str = "runs/mae_clip"  # folder of the run; of a scale runs/METHOD-SCALE
+    out: str = "runs/mae_clip-small"  # folder of the run; by default runs/METHOD-SCALE
     resume: bool = False  # go on from the newest checkpoint in the run's folder
     seed: int = 0  # of initial weights, order, crops, captions and masks
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -836,7 +849,7 @@ class Config(ModelConfig):
             width = getattr(self, name)
             if width % heads or width % 4:
                 raise ValueError(f"{flag(name)} {width}: must be a multiple of 4 and {heads} heads")
-        if self.weights().keys() <= {"text"}:
+        if self.weights().keys() <= {"text"}:  # text alone, or nothing
             raise ValueError(f"--method {self.method}: no term that sees images has weight above 0")
 
 
@@ -846,7 +859,7 @@ CHOICES = {
     "precision": ["auto", "fp32", "bf16"],
     "optimizer": ["muon", "adamw"],
 }
-# Of all else counts start at 1 and rates at 0.
+# The least values of some settings; of all others whole numbers start at 1, the rest at 0.
 LOWEST = {"batch_size": 2, "crop": 0.01, "context": 3, "vocab_size": 259}
 LOWEST |= dict.fromkeys("seed data_seed samples stop_after warmup workers".split(), 0)
 SHARES = "mask_ratio text_mask_ratio contrastive_mask_ratio crop".split()
@@ -941,8 +954,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(x):
-    """(rows, columns) -> the matrix with x's singular vectors whose singular values are all near
-    1, by a quintic Newton-Schulz iteration with Muon's coefficients."""
+    """x (rows, columns) -> x with its singular values replaced by ones, nearly: five steps of a
+    quintic Newton-Schulz iteration with Muon's coefficients."""
     if x.shape[0] > x.shape[1]:
         return orthogonalise(x.T).T
     x = x / x.norm().clamp(min=1e-7)
@@ -953,18 +966,19 @@ def orthogonalise(x):
 
 
 def make_optimizers(model, config):
-    """-> [AdamW] or [AdamW, Muon], which has the matrices of linear layers (Jordan et al. 2024).
-    Weights of linear, convolution and embedding layers decay, all else does not."""
-    matrices, others, free = [], [], []
+    """-> [AdamW] or [AdamW, Muon]. Muon has the matrices of linear layers, AdamW all else. Weights
+    of linear, convolution and embedding layers decay, all else does not."""
+    matrices, others, no_decay = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 or not name.endswith("weight"):
-            free.append(parameter)
+            no_decay.append(parameter)  # biases, norms, tokens, positions, the logit scale
         elif parameter.ndim == 2 and "token" not in name and config.optimizer == "muon":
             matrices.append(parameter)
         else:
             others.append(parameter)
     decay = config.weight_decay
-    groups = [{"params": others}, {"params": free, "weight_decay": 0.0}]
+    groups = [{"params": others}, {"params": no_decay, "weight_decay": 0.0}]
+    # Betas 0.9 and 0.98 and epsilon 1e-6 as in CLIP.
     optimizers = [torch.optim.AdamW(groups, config.lr, (0.9, 0.98), 1e-6, decay, fused=True)]
     if matrices:
         optimizers.append(Muon(matrices, {"lr": config.lr, "weight_decay": decay}))
@@ -979,7 +993,7 @@ def train_step(net, optimizers, autocast, batch):
     terms["loss"].backward()
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     row = torch.stack([*terms.values(), norm]).detach()
-    finite = row.isfinite().all().item()  # waits for the device: within 2 % of a step at `base`
+    finite = row.isfinite().all().item()  # waits for the device: less than 2 % of a step at `base`
     for optimizer in optimizers:
         if finite:
             optimizer.step()
@@ -999,8 +1013,7 @@ def ranks():
 
 @cache
 def bf16_speedup(width):
-    """How many times as fast as in float32 this CPU multiplies matrices of that width in
-    bfloat16."""
+    """Of a matrix product of that width on this CPU: the time in float32 over that in bfloat16."""
     seconds = []
     for dtype in (torch.bfloat16, torch.float32):
         factor = {"x": torch.ones(1024, width, dtype=dtype)}
@@ -1016,7 +1029,7 @@ def pick_device(config):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device  # raises where there is no such device
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"--device {name}: not to be had here ({one_line(error)})") from None
     bf16 = config.precision == "bf16"
@@ -1048,8 +1061,8 @@ def keep_memory():
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
-# What may differ between a run and its continuation with --resume. All other settings must be the
-# same, and so must the data, which open_data compares.
+# What may differ between a run and its continuation with --resume: all other settings must be the
+# same. --data may be another path to the same samples: open_data compares their sizes and keys.
 MAY_CHANGE = set(
     "out resume device precision compile log_every save_every data eval_data workers stop_after "
     "tokenizer vocab_size accumulate".split()
@@ -1106,7 +1119,7 @@ def read_checkpoint(path):
 def load(path, device="cpu"):
     """path of a checkpoint, or of a run's folder, which stands for its newest -> the model in eval
     mode, its tokenizer (None where there were no captions) and its Config."""
-    found = checkpoints(path)  # none, where the path is a checkpoint's own
+    found = checkpoints(path)  # none, where the path is a checkpoint's
     state = read_checkpoint(found[0] if found else path)
     model = MAECLIP(state["config"])
     model.load_state_dict(state["model"])
@@ -1115,8 +1128,8 @@ def load(path, device="cpu"):
 
 
 def open_run(config):
-    """Makes the run's folder -> what --resume goes on from, or None; DataError where that mixes two
-    runs."""
+    """Makes the run's folder -> the newest checkpoint's state, None for a new run; DataError where
+    that was trained with other settings."""
     out = Path(config.out)
     if not config.resume and (out / "config.json").exists():
         raise DataError(f"{out}: holds a run; add --resume to go on, or give another --out")
@@ -1138,7 +1151,7 @@ def open_run(config):
 
 def open_data(config, state):
     """state: what open_run found -> the training Loader with its tokenizer, and the config with
-    what follows from the data: where it lies, and the vocabulary."""
+    its data, eval_data and vocab_size filled in."""
     rank, world = ranks()
     if config.batch_size % world:
         raise DataError(
@@ -1183,7 +1196,7 @@ def training_batch(config, step, batch, device):
     takes its own."""
     rank, world = ranks()
     B, T = batch.tokens.shape
-    sizes = [(config.image_size // config.patch_size) ** 2, T, 12, 12]
+    sizes = [(config.image_size // config.patch_size) ** 2, T, 12, 12]  # 12: see simclr_view
     generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {step}".encode()))
     noise = torch.rand(world * B, sum(sizes), generator=generator).chunk(world)[rank]
     inputs = [batch.images, batch.tokens, noise]
@@ -1213,8 +1226,8 @@ def announce(run, device, autocast):
 
 
 def log(run, rows, seconds, waited):
-    """Writes and shows the log's record of the last steps, whose rows from train_step these are:
-    means of those that were finite, and figures; DataError where none was."""
+    """Writes and shows a record of the last steps: means of their rows from train_step, where these
+    are finite, and rates; DataError where none is."""
     config = run.config
     good = [row for row in rows if row is not None]
     if not good:
@@ -1224,7 +1237,7 @@ def log(run, rows, seconds, waited):
         "step": run.step,
         "epoch": run.loader.epochs(run.step),
         "pairs": run.step * config.batch_size,
-        **dict(zip([*config.weights(), "loss", "grad_norm"], means, strict=True)),
+        **dict(zip([*config.weights(), "loss", "grad_norm"], means, strict=True)),  # as in the row
         "lr": learning_rate(run.step - 1, config),
         "skipped": len(rows) - len(good),
         "pairs_per_second": len(rows) * config.batch_size / seconds,
@@ -1246,13 +1259,14 @@ def fit(run, net, device, autocast):
     config = run.config
     rank, world = ranks()
     last = min(config.steps, config.stop_after or config.steps)
-    signals = [0]  # and the numbers of those that came
-    handlers = {
-        number: signal.signal(number, lambda number, _: signals.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    signals = [0]  # numbers of those that came; 0: none
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, lambda came, _: signals.append(came))
+    # None: shown where stderr is a terminal.
     bar = tqdm(total=config.steps, initial=run.step, disable=rank > 0 or None)
-    # A stream goes on at its next shard, local shards at the next step.
+    # A stream goes on at its next shard, which is its position; of local shards that is 0, and
+    # they go on at the next step.
     batches = run.loader.batches(run.loader.position or run.step)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
     try:
@@ -1266,7 +1280,7 @@ def fit(run, net, device, autocast):
             batch = training_batch(config, run.step, batch, device)
             rows.append(train_step(net, run.optimizers, autocast, batch))
             if "contrastive" in config.weights():
-                run.model.logit_scale.data.clamp_(0, math.log(100))  # as in CLIP
+                run.model.logit_scale.data.clamp_(0, math.log(100))  # at most 100, as in CLIP
             run.step += 1
             bar.update()
             logging = run.step % config.log_every == 0
@@ -1275,7 +1289,8 @@ def fit(run, net, device, autocast):
                 run.seconds += seconds
                 log(run, rows, seconds, waited)
                 since, waited, rows = time.time(), 0.0, []
-            if logging or world == 1:  # all processes stop at the same step
+            # Several processes must stop at the same step; to agree on it at each would cost time.
+            if logging or world == 1:
                 stopped = int(gather(torch.tensor([max(signals)], device=device)).max())
             if rank == 0 and run.step % config.save_every == 0:
                 save_checkpoint(run)
@@ -1283,8 +1298,8 @@ def fit(run, net, device, autocast):
         if rank == 0:
             save_checkpoint(run)
         bar.close()
-        for number in handlers:
-            signal.signal(number, handlers[number])
+        for number in previous:
+            signal.signal(number, previous[number])
     return stopped
 
 
@@ -1336,8 +1351,8 @@ def train(config):
 
 
 def comments(kind):
-    """{field: the comment beside it} of a configuration: what its reader sees is what --help
-    says."""
+    """{field: the comment beside it}, so that --help says what a reader of the class sees: each
+    field on a line, its comment after two spaces."""
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.MULTILINE))
 
 
@@ -1364,8 +1379,8 @@ def parse(argv=None):
 
 
 def main(argv=None):
-    """Runs the command line: exit code 0 when done, 2 for bad input, 128 + n when signal n ended
-    it."""
+    """Runs the command line: exit code 0 when done, 2 where what was given (or a file, or the disk)
+    does not work, 128 + n when signal n ended it."""
     try:
         keep_memory()
         sys.exit(train(parse(argv)))
@@ -1377,6 +1392,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from mae_clip import main  # so that the module exists once, also for eval.py
+    # eval.py imports this file as mae_clip. Were main run here, each class would exist twice.
+    from mae_clip import main
 
     main()

@@ -991,10 +991,10 @@ def test_the_image_feature_of_a_method_without_projection_is_what_was_pooled(met
 
 
 @pytest.mark.parametrize("method", ["mae", "m3ae"])
-def test_a_method_without_text_tower_says_so(method):
+def test_a_method_without_contrastive_loss_says_so(method):
     model = tiny(method)
-    assert not model.has_text_tower
-    with pytest.raises(ValueError, match=f"{method} has no text tower"):
+    assert not model.has_projections
+    with pytest.raises(ValueError, match=f"{method} has no contrastive loss"):
         model.encode_text(captions(3))
 
 
@@ -1003,7 +1003,7 @@ def test_a_method_without_decoder_says_so(method):
     images, tokens, *_ = example()
     model = tiny(method)
     assert not model.has_decoder
-    with pytest.raises(ValueError, match=f"{method} has no decoder"):
+    with pytest.raises(ValueError, match=f"{method} has no reconstruction loss"):
         model.reconstruct(images, tokens)
 
 
@@ -3308,18 +3308,18 @@ def test_what_eval_cannot_use_is_refused_in_one_line(trained, tmp_path, capsys):
     refused("no-such", "no-such", clip)
     refused("--color", "knn", clip, "--data", folder, "--color", "red")
     refused("needs --data", "zero-shot", clip)
-    refused("text tower", "zero-shot", mae, "--data", folder)
-    refused("text tower", "retrieval", mae, "--data", shard)
+    refused("contrastive loss", "zero-shot", mae, "--data", folder)
+    refused("contrastive loss", "retrieval", mae, "--data", shard)
     refused("captioned shards", "retrieval", clip, "--data", folder)
     refused("labelled folder", "knn", clip, "--data", shard)
     refused("labelled folder", "zero-shot", clip, "--data", shard)
     refused("no train split", "linear-probe", clip, "--data", alone)
-    refused("no decoder", "reconstruct", clip, "--data", shard)
+    refused("no reconstruction loss", "reconstruct", clip, "--data", shard)
     refused("1 ... 8", "knn", clip, "--data", folder)
     refused("10 images", "retrieval", clip, "--data", few)
     refused("for one photo, --labels", "zero-shot", clip, photo)
     refused("two labels", "zero-shot", clip, photo, "--labels", "a")
-    refused("text tower", "zero-shot", mae, photo, "--labels", "a,b")
+    refused("contrastive loss", "zero-shot", mae, photo, "--labels", "a,b")
     refused("CHECKPOINT PHOTO", "zero-shot", clip, "--labels", "a,b")
     refused("bad.pt", "zero-shot", clip, bad, "--labels", "a,b")
     refused("nothing.jpg", "zero-shot", clip, tmp_path / "nothing.jpg", "--labels", "a,b")
@@ -3743,13 +3743,17 @@ def rows_of(scores):
 def test_an_arm_is_a_method_with_flags_of_its_own():
     key = ("clip@steps=7@batch_size=64", "100", "max", "3")
     config = mae_clip.parse(experiment.run_flags(key, ["--scale", "tiny", "--lr", "1e-3"]))
+    other = mae_clip.parse(experiment.run_flags(("mae@no_norm_pix", "1", "gap", "1"), []))
+    assert config.norm_pix and not other.norm_pix
     found = (config.method, config.steps, config.batch_size, config.lr)
     assert found == ("clip", 7, 64, 1e-3)
     assert (config.samples, config.pool, config.seed) == (100, "max", 3)
 
 
 def test_runs_of_one_table_share_all_settings_but_the_axes_and_what_changes_no_result():
-    first = experiment.settings(("clip", "100", "max", "3"), ["--workers", "0", "--device", "cpu"])
+    first = experiment.settings(
+        ("clip", "100", "max", "3"), ["--workers", "0", "--accumulate", "2"]
+    )
     assert first == experiment.settings(("clip", "200", "gap", "4"), ["--log-every", "7"])
     other = experiment.settings(("clip", "100", "max", "3"), ["--data-seed", "5"])
     assert {name for name in first if first[name] != other[name]} == {"data_seed"}
@@ -3787,11 +3791,12 @@ def test_the_experiment_makes_every_run_of_its_grid_and_a_row_of_each(stand_in, 
         assert float(row["zero_shot acc1"]) == int(row["samples"]) / 10_000 + gain
         assert row["lr"] == "0.006" and row["seconds"] == "1"
     # Leads of 1, 2 and 3 points: see the hand-worked interval.
-    assert re.search(r"1,000 +gap +10.0 \(0.0\) +12.0 \(1.0\) +\+2.0 \[-0.5, \+4.5\] +3", table)
+    line = r"1,000 +gap +10.0 \(0.0\) +12.0 \(1.0\) +\+2.0 \[-0.5, \+4.5\] \(3\)"
+    assert re.search(line, table)
     markdown = (tmp_path / "experiment.md").read_text()
     assert [cell.strip() for cell in markdown.splitlines()[-1].split("|")] == [
         *("zero-shot accuracy", "2,000", "gap", "20.0 (0.0)", "22.0 (1.0)"),
-        *("+2.0 [-0.5, +4.5]", "3"),
+        "+2.0 [-0.5, +4.5] (3)",
     ]
 
 
@@ -3808,6 +3813,23 @@ def test_what_is_known_is_not_run_again_whether_here_or_in_another_table(stand_i
     assert len((tmp_path / "b" / "experiment.csv").read_text().splitlines()) == 1 + 12
 
 
+def test_rows_of_other_arms_are_kept(stand_in, tmp_path):
+    experiment.run([*GRID, "--out", str(tmp_path)])
+    experiment.run(["--method", "mae_clip,clip@steps=9", *GRID, "--out", str(tmp_path)])
+    with (tmp_path / "experiment.csv").open(newline="") as file:
+        arms = [row["arm"] for row in csv.DictReader(file)]
+    assert {arm: arms.count(arm) for arm in arms} == {"clip": 6, "mae_clip": 6, "clip@steps=9": 6}
+
+
+def test_numbers_are_taken_however_they_are_written(stand_in, tmp_path):
+    experiment.run([*GRID, "--out", str(tmp_path)])
+    grid = ["--samples", "1000, 02000,1_000", "--pool", " gap", "--seed", "1, 2,3,3"]
+    before = (tmp_path / "experiment.csv").read_text()
+    table = experiment.run([*grid, "--scale", "tiny", "--out", str(tmp_path)])
+    assert (tmp_path / "experiment.csv").read_text() == before
+    assert table.count("zero-shot accuracy") == 2
+
+
 def test_runs_of_other_settings_are_not_mixed_and_the_setting_is_named(stand_in, tmp_path):
     experiment.run([*GRID, "--out", str(tmp_path)])
     with pytest.raises(DataError, match=r"--lr 0.006.*another"):
@@ -3822,7 +3844,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on_and_the_exit_code_is_1(
         experiment.run([*arms, *GRID, "--out", str(tmp_path)])
     assert end.value.code == 1
     said = capsys.readouterr().err
-    assert "mae_clip@lr=9-1000-gap-2: exit code 1: mae_clip.py: error: lower --lr" in said
+    assert "failed: mae_clip@lr=9 1000 gap 2: exit code 1: mae_clip.py: error: lower --lr" in said
     assert len((tmp_path / "experiment.csv").read_text().splitlines()) == 1 + 6
 
 
@@ -3866,6 +3888,12 @@ def test_a_run_waits_for_one_that_outlived_its_experiment(stand_in, tmp_path):
     assert (name / "results.json").exists()
 
 
+def test_a_run_of_which_nothing_was_scored_has_failed():
+    results = {"seconds": 1.0, "steps": 5, "config": {"method": "clip"}}
+    with pytest.raises(DataError, match="nothing was scored"):
+        experiment.make_row(("clip", "1", "gap", "1"), [], results)
+
+
 def test_cores_and_gpus_are_shared_out_among_runs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(os, "cpu_count", lambda: 32)
@@ -3876,6 +3904,12 @@ def test_cores_and_gpus_are_shared_out_among_runs(monkeypatch):
     command, environment = experiment.launch(3, 8)
     assert environment["CUDA_VISIBLE_DEVICES"] == "3"
     assert command == [sys.executable, mae_clip.__file__]
+    _, environment = experiment.launch(9, 16)  # more runs than GPUs
+    assert environment["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    _, environment = experiment.launch(1, 2)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "6"
 
 
 def test_the_figure_shows_the_tables_numbers():
@@ -3940,6 +3974,7 @@ def test_a_figure_of_many_arms_and_poolings_and_of_one_amount_is_drawn(tmp_path)
     for number, arm in enumerate(["clip", "mae_clip", "mae_clip@lr=1", "slip", "clip@steps=2"]):
         for pool in ("gap", "max", "cls"):
             scores[arm, "1000", pool, "1"] = 0.1 * number
+    del scores["clip", "1000", "gap", "1"]  # a hole
     arms = list(dict.fromkeys(arm for arm, *_ in scores))
     drawing = experiment.draw_figure(rows_of(scores), arms)
     drawing.save_png(tmp_path / "figure.png")
@@ -3967,6 +4002,11 @@ def test_the_experiment_trains_and_scores_as_a_user_types_it(tmp_path):
         (["--method", "clip,clap"], "clap"),
         (["--samples", "1000,many"], "many"),
         (["--method", "clip,mae_clip@rate=3"], "--rate"),
+        (["--method", "clip,mae_clip@seed=3"], "seed"),
+        (["--samples", "0,1000"], "--samples"),
+        (["--jobs", "0"], "--jobs"),
+        (["--data", "nowhere.tar", "--eval-data", "nowhere.tar"], "nowhere.tar"),
+        (["--data", str(HERE / "README.md")], "--eval-data"),
     ],
 )
 def test_an_experiment_that_cannot_be_is_refused_before_any_run(
