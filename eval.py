@@ -47,8 +47,8 @@ def as_features(values, name):
     """Array or tensor (n,D) -> float32 or float64 tensor; ValueError where it is not finite."""
     features = mae_clip.at_least_float32(torch.as_tensor(values))
     if features.ndim != 2 or len(features) == 0 or not features.isfinite().all():
-        shape = tuple(features.shape)
-        raise ValueError(f"{name}: must be finite numbers (n, D) with n > 0, found shape {shape}")
+        found = f"found {tuple(features.shape)}"
+        raise ValueError(f"{name}: must be finite numbers of shape (n, D) with n > 0, {found}")
     return features
 
 
@@ -356,7 +356,7 @@ def image_batches(dataset, split, size, limit=None):
 def encode_texts(model, tokenizer, texts):
     """Strings -> (m,E) unit-norm features on the CPU."""
     device = next(model.parameters()).device
-    tokens = tokenizer.batch(texts, model.config.context)
+    tokens = (tokenizer or data.Tokenizer([])).batch(texts, model.config.context)
     return torch.cat([model.encode_text(part.to(device)).cpu() for part in tokens.split(1024)])
 
 
@@ -428,24 +428,17 @@ class Score(NamedTuple):
 
     def less(self, other):
         """The lead over another model's Score on the same images, as a Score."""
-        lead = np.asarray(self.values, float) - np.asarray(other.values, float)
+        lead = np.subtract(self.values, other.values, dtype=float)
         return Score(lead, self.weights, 0.0)
 
 
-class Spread(NamedTuple):
-    """A value with the ends of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 def spread(score):
-    """A Score -> Spread: its 95 % interval when test images are drawn anew (bootstrap)."""
+    """A Score -> (value, low, high) with the ends of its 95 % interval when test images are drawn
+    anew (bootstrap)."""
     rng = np.random.default_rng(0)
     n = len(score.values)
     draws = [score.mean(np.bincount(rng.integers(0, n, n), minlength=n)) for _ in range(1000)]
-    return Spread(score.mean(), *np.nanpercentile(draws, [2.5, 97.5]))
+    return score.mean(), *np.nanpercentile(draws, [2.5, 97.5])
 
 
 def score_zero_shot(model, tokenizer, dataset, encoded):
@@ -484,7 +477,8 @@ def score_retrieval(model, tokenizer, dataset, encoded):
             share = np.bincount(owner, weights=hits.numpy()) / own
             scores[name] = Score(share, own, k / len(own))
         else:
-            none = (1 - own / len(texts)) ** k  # all of k texts are other images'
+            drawn = np.arange(k)[:, None]  # so many texts drawn already, all of other images
+            none = (1 - own / (len(texts) - drawn)).clip(0).prod(axis=0)
             scores[name] = Score(hits, np.ones(len(own)), 1 - none.mean())
     return scores
 
@@ -584,11 +578,11 @@ def measure(model, tokenizer, datasets, tasks):
 
 
 def evaluate(model, tokenizer, eval_data, out=None):
-    """Scores a trained model on SETs joined by `::`, by all tasks that fit but k-NN, and draws
-    the first captioned set to out/reconstructions.png. What fails costs itself alone and a line.
+    """Scores a trained model, in eval mode from now on, on SETs joined by `::`, by all tasks that
+    fit but k-NN, and draws the first captioned set to out/reconstructions.png. What fails costs
+    itself alone and a line.
     -> {task, from its second set on with the set's name: {measure: value, None where undefined;
     chance: {measure: value}; n: test images}}."""
-    training = model.training
     model.eval()
     datasets = open_sets(eval_data)
     tasks = [task for task in TASKS if task != "knn"]
@@ -605,7 +599,6 @@ def evaluate(model, tokenizer, eval_data, out=None):
     if out and captioned and model.has_decoder:
         path = Path(out) / "reconstructions.png"
         attempt("picture", draw_reconstructions, model, tokenizer, captioned[0], path)
-    model.train(training)
     return results
 
 
@@ -647,18 +640,18 @@ def run_folder(checkpoint):
 
 def suite(checkpoints, datasets, tasks, device="cpu", untrained=False):
     """Scores checkpoints (paths), and maybe a new model like the first one -> rows: dicts with
-    set, task, measure, images, chance and values {title: Spread}. Of two checkpoints there is the
-    lead too, image by image."""
+    set, task, measure, images, chance and values {title: what spread gives}. Of two checkpoints
+    there is the lead too, image by image."""
     columns = {}  # {title: {(set, task, measure): Score}}
-    for path in checkpoints:
-        model, tokenizer, _ = mae_clip.load(path, device)
+    loaded = [mae_clip.load(path, device) for path in checkpoints]  # first, lest a late one fail
+    for path, (model, tokenizer, _) in zip(checkpoints, loaded, strict=True):
         title = run_folder(path).name
         if title in columns:
             title = str(path)
         columns[title] = measure(model, tokenizer, datasets, tasks)
     compared = list(columns)
     if untrained:
-        _, tokenizer, config = mae_clip.load(checkpoints[0], device)
+        _, tokenizer, config = loaded[0]
         torch.manual_seed(config.seed)
         model = mae_clip.MAECLIP(config).to(device).eval()
         columns["untrained"] = measure(model, tokenizer, datasets, tasks)
@@ -672,7 +665,7 @@ def suite(checkpoints, datasets, tasks, device="cpu", untrained=False):
             first, second = compared
             scores[f"{first} less {second}"] = scores[first].less(scores[second])
         row = dict(zip(("set", "task", "measure"), key, strict=True))
-        row |= {"images": len(example.values), "chance": example.chance}
+        row |= {"images": int(np.count_nonzero(example.weights)), "chance": example.chance}
         row["values"] = {title: spread(score) for title, score in scores.items()}
         rows.append(row)
     return rows
@@ -832,9 +825,7 @@ def benchmark(config, steps=10):
         "pairs/s": B / seconds,
         "slowest": B / groups[-1],
         "fastest": B / groups[0],
-        "GFLOP a pair": 1e-9 * flops / B,
         "TFLOP/s": 3e-12 * flops / seconds,
-        "matrix TFLOP/s": 2e-12 * side**3 / product,
         "share": 1.5 * flops / side**3 * product / seconds,
         "GPU memory GiB": torch.cuda.max_memory_allocated() / 2**30,
         "compile s": first - seconds,
@@ -905,8 +896,6 @@ def classify_photo(paths, labels, device):
     if len(paths) != 2 or len(classes) < 2:
         raise DataError("--labels: takes two labels or more, with zero-shot CHECKPOINT PHOTO")
     model, tokenizer, config = mae_clip.load(paths[0], device)
-    if not model.has_projections:
-        raise DataError(f"{paths[0]}: this {config.method} has no contrastive loss to match texts")
     texts = encode_classes(model, tokenizer, classes, ["{c}"]).to(device)
     photo = read_image(config.image_size, "photo", (paths[1], Path(paths[1]).read_bytes()))
     logits = model.logit_scale.exp() * model.encode_image(photo[None].to(device)) @ texts.T
@@ -940,7 +929,8 @@ def run(argv):
     if args.command == "reconstruct":
         path = Path(args.out or run_folder(args.paths[0]) / "reconstruct.png")
         model, tokenizer, _ = mae_clip.load(args.paths[0], device)
-        draw_reconstructions(model, tokenizer, datasets[-1], path)
+        captioned = next(dataset for dataset in datasets if not dataset.classes)
+        draw_reconstructions(model, tokenizer, captioned, path)
     return format_rows(rows, args.format)
 
 
