@@ -428,7 +428,7 @@ class Score(NamedTuple):
 
     def less(self, other):
         """The lead over another model's Score on the same images, as a Score."""
-        lead = np.subtract(self.values, other.values, dtype=float)
+        lead = np.asarray(self.values, float) - np.asarray(other.values, float)
         return Score(lead, self.weights, 0.0)
 
 
@@ -758,7 +758,7 @@ def draw_reconstructions(model, tokenizer, dataset, path, count=8):
         for row in range(rows):
             ids = [found[name][row].tolist() for name in ("tokens", "text", "text_mask")]
             text = caption_text(tokenizer, *ids).replace("][", "] [")  # lines break between them
-            lines = "\n".join(textwrap.wrap(text, 44)[:9])
+            lines = textwrap.fill(text, 44, max_lines=9)
             draw.text((x, 32 + row * step), lines, "black", font)
     if "prediction alone" in columns:
         note = "prediction alone: at the mean and contrast of the visible patches\n"
