@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter, defaultdict, namedtuple
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -66,10 +65,11 @@ def be_quiet(worker=0):
 
 
 def in_parallel(function, jobs):
-    """function(job) of each job, in order, by worker processes, with a progress bar -> list."""
-    with ProcessPoolExecutor(initializer=be_quiet) as pool:
-        results = pool.map(function, jobs)
-        return list(tqdm(results, total=len(jobs), leave=False, disable=None))
+    """function(job) of each job, in order, by worker processes, with a progress bar -> list. A
+    DataLoader's workers end with their parent, however that ends."""
+    count = min(len(jobs), os.cpu_count())
+    results = DataLoader(jobs, None, num_workers=count, collate_fn=function)
+    return list(tqdm(results, leave=False, disable=None))
 
 
 # --- Reading shards -------------------------------------------------------------------------------

@@ -2799,6 +2799,22 @@ def test_every_command_explains_itself():
     assert command("unknown")[0] == 2
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's /proc")
+def test_worker_processes_end_with_their_parent_even_if_that_is_killed(tmp_path):
+    drawing = [sys.executable, data.__file__, "draw", str(tmp_path / "scenes"), "--scenes", "40000"]
+    parent = subprocess.Popen(drawing, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    workers = []
+    while len(workers) < min(4, os.cpu_count()):
+        workers = children.read_text().split()
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    while any(Path(f"/proc/{worker}/exe").exists() for worker in workers):
+        time.sleep(0.1)
+    assert not (tmp_path / "scenes").exists()
+
+
 # --- Data: built-in scenes ------------------------------------------------------------------------
 def test_the_built_in_scenes_are_the_same_for_a_seed_and_hide_the_unseen_classes(tmp_path):
     for out in ("a", "b"):
