@@ -21,10 +21,10 @@ mae_clip sends each image and its caption through the same weights twice:
                                                        +-> decoder --+
                      visible tokens --> text encoder --+             +-> removed tokens: text loss
 
-A quarter is visible. What is removed never reaches a block of an encoder; the decoder gets a mask
-token in its place. clip is pass 1 alone, mae the image half of pass 2. In m3ae one trunk encodes
-visible patches and visible tokens together. slip is pass 1 and two augmented views that must find
-each other.
+By default a quarter is visible. What is removed never reaches a block of an encoder; the decoder
+gets a mask token in its place. clip is pass 1 alone, mae the image half of pass 2. In m3ae one
+trunk encodes visible patches and visible tokens together. slip is pass 1 and two augmented views
+that must find each other.
 
 Letters for shapes: B batch, N patches, T tokens, K kept, R removed, D width, E embedding, P patch
 side, V vocabulary, G rows of all ranks. In every mask True means removed. All down to the double
@@ -144,7 +144,7 @@ def sincos_2d(width, rows, cols):
 
 def take(x, index):
     """x (B or 1, N, D), index (B,K) -> (B,K,D): the rows of each sample that index names."""
-    return torch.take_along_dim(x, index[..., None], dim=1)
+    return torch.take_along_dim(x, index[..., None], dim=1)  # repeated over D, and B where x has 1
 
 
 # --- Masks ----------------------------------------------------------------------------------------
@@ -180,6 +180,10 @@ def random_text_mask(noise, tokens, ratio):
 
     noise (B,T) in 0..1, tokens (B,T) -> keep (B,K) positions of SOT, EOT, what stays, then padding;
     mask (B,T) bool, True where removed, which SOT, EOT and padding never are.
+
+    For example, T = 16, ratio 0.75, a caption SOT a b c EOT and eleven times padding: of three
+    tokens one stays, of the longest caption's fourteen four. So K = 2 + 4, keep may be
+    [0, 4, 1, 5, 6, 7] (SOT, EOT, a, padding), and the mask is True at 2 and 3 (b, c).
     """
     T = tokens.shape[1]
     position = torch.arange(T, device=tokens.device)
@@ -190,12 +194,14 @@ def random_text_mask(noise, tokens, ratio):
     # The first argsort lists the positions in that order; the argsort of the list is the place of
     # each position in it.
     place = order.argsort(dim=1).argsort(dim=1)
-    # How many stay, SOT and EOT included, is looked up by length in a table made on the host, so
-    # that float32 rounding plays no part in it.
+    # How many stay, SOT and EOT included, is looked up by the number of tokens between them (0 to
+    # T - 2) in a table made on the host, so that float32 rounding plays no part in it.
     stay = [2 + kept_count(length, ratio) for length in range(T - 1)]
-    # EOT at position `end` has end - 1 tokens between SOT and itself.
+    # EOT at position `end` has end - 1 tokens between SOT and itself. SOT and EOT have places 0 and
+    # 1, so they stay; position < end keeps padding out of the mask.
     mask = (place >= torch.tensor(stay, device=tokens.device)[end - 1]) & (position < end)
-    # Removed tokens get the key 3, behind the padding, and fall off the end of what is kept.
+    # Removed tokens get the key 3, behind the padding, and fall off the end of what is kept: K is
+    # what the longest caption keeps. Stable: SOT before EOT, padding in order.
     keep = order.masked_fill(mask, 3).argsort(dim=1, stable=True)[:, : stay[-1]]
     return keep, mask
 
@@ -204,8 +210,8 @@ class Masked(NamedTuple):
     """What the masked pass knows of one modality (N stands for patches or tokens)."""
 
     keep: torch.Tensor  # (B,K) positions that the encoder sees
-    removed: torch.Tensor  # (B,R) positions predicted, R = N - K. In a short caption fewer are
-    # removed; then the last ones are spare and name positions that were not.
+    removed: torch.Tensor  # (B,R) positions predicted, R = N - K. A short caption has fewer: its
+    # last slots are spare, and name positions that were kept or are padding.
     real: torch.Tensor  # (B,N) bool, False at padding; None for patches, which have none
     mask: torch.Tensor  # (B,N) bool, True where removed
 
@@ -303,7 +309,7 @@ class ImageEncoder(nn.Module):
         where they are padding -> (B,1+K+M,D).
         """
         proj = self.patch_embed["proj"]
-        x = patchify(normalise(images), proj.stride[0])  # (B,N,P*P*3)
+        x = patchify(normalise(images), proj.stride[0])  # (B,N,P*P*3); the stride is P
         position = self.pos_embed[:, 1:]
         if keep is not None:  # here a removed patch leaves, before it is projected
             x = take(x, keep)  # (B,K,P*P*3)
@@ -488,7 +494,7 @@ def text_error(logits, tokens):
 def masked_mean(errors, mask):
     """Mean of errors (...) where mask (...) is True, over all ranks -> 0-d; 0 where it is True
     nowhere."""
-    sums = torch.stack([errors.where(mask, 0).sum(), mask.sum()])
+    sums = torch.stack([errors.where(mask, 0).sum(), mask.sum()])  # the count becomes a float
     total, count = gather(sums[None]).sum(dim=0)  # over all ranks, with gradient
     return total / count.clamp(min=1)
 
@@ -513,13 +519,14 @@ def simclr_loss(a, b, temperature=0.1):
 # Forward, every rank computes the same number, the loss of the whole batch: contrastive_loss and
 # simclr_loss score their own rows against the rows of all ranks and take the mean over ranks,
 # masked_mean divides a sum over all ranks by a count over all ranks.
-# Backward, gather sends each row's gradient home, summed over the ranks that used the row. So the
-# gradients that the W ranks have for a parameter add up to W times the gradient of one GPU with
-# the whole batch, and DistributedDataParallel takes their mean.
+# Backward, each of the W ranks differentiates that number L, and gather sends home to each row the
+# sum of what the W ranks found for it. So a rank's gradient is W times the part of L's gradient
+# that flows through its own rows. The ranks' gradients add up to W times that of one GPU with the
+# whole batch, and DistributedDataParallel takes their mean.
 # All ranks must call a loss together. encode_image, encode_text and reconstruct call none of this.
 
 
-# torch 2.13 renamed all_gather_tensor_autograd.
+# torch 2.13 renamed it; it still has the old name, but warns where that is called.
 all_gather = getattr(
     collectives, "all_gather_single_autograd", collectives.all_gather_tensor_autograd
 )
@@ -529,7 +536,7 @@ def gather(x):
     """(B,...) -> (G,...): the rows of all ranks, in their order, with gradient."""
     if not dist.is_initialized():
         return x
-    # chunk(1) makes the gradient contiguous on its way back, as torch before 2.13 requires.
+    # chunk's backward pass is a cat, whose result is contiguous, as torch before 2.13 requires.
     return all_gather(x, 0, dist.group.WORLD).chunk(1)[0]
 
 
@@ -571,7 +578,7 @@ class MAECLIP(nn.Module):
 
     A term of weight 0 is not computed, and a part that only such terms need is not built. Weights
     are drawn by name, and masks by the noise that is passed in, so nothing left out shifts what is
-    left: mae_clip with both reconstruction weights 0 is clip, bit for bit.
+    left: mae_clip with both reconstruction weights 0 is clip, on a CPU bit for bit.
     """
 
     def __init__(self, config):
@@ -613,8 +620,8 @@ class MAECLIP(nn.Module):
             # Norms' weights stay 1, and the logit scale stays as it was made.
 
     def project_image(self, pooled):
-        """Pooled image (B,D) -> feature (B,E) float32 of unit norm; (B,D), of unit norm too, where
-        there is no projection."""
+        """Pooled image (B,D) -> feature (B,E) of unit norm, float32 or wider; (B,D), of unit norm
+        too, where there is no projection."""
         if self.has_projections:
             pooled = self.image_proj(pooled)
         return unit_norm(pooled)
@@ -626,7 +633,7 @@ class MAECLIP(nn.Module):
 
     def encode_text(self, tokens):
         """tokens (B,T), nothing removed -> (B,E) of unit norm, read at EOT; ValueError without
-        text tower."""
+        contrastive loss."""
         if not self.has_projections:
             raise ValueError(
                 f"this {self.config.method} has no contrastive loss: it matches no texts"
@@ -636,8 +643,8 @@ class MAECLIP(nn.Module):
 
     def masked_pass(self, images, tokens, image_noise, text_noise):
         """Removes patches and tokens, encodes what is left, predicts the rest -> image, text:
-        Masked; encoded_image (B,1+K,D); pixels, logits as from Decoder. All of a modality whose
-        reconstruction has no weight are None (m3ae needs that of its image)."""
+        Masked; encoded_image (B,1+K,D); pixels, logits as from Decoder. A modality whose
+        reconstruction has no weight has None for each. m3ae without image weight fails."""
         config = self.config
         image = text = encoded_image = encoded_text = None
         if "image" in config.weights():
@@ -671,10 +678,12 @@ class MAECLIP(nn.Module):
         if image is not None:
             target = take(patchify(images, config.patch_size), image.removed)  # (B,R,P*P*3)
             outputs["image_error"] = image_error(pixels, target, config.norm_pix)  # (B,R)
-            outputs["image_counts"] = image.mask.gather(1, image.removed)  # (B,R), all True
+            outputs["image_counted"] = image.mask.gather(
+                1, image.removed
+            )  # (B,R), all True, for masked_mean
         if text is not None:
             outputs["text_error"] = text_error(logits, tokens.gather(1, text.removed))  # (B,R)
-            outputs["text_counts"] = text.mask.gather(1, text.removed)  # False at spare ones
+            outputs["text_counted"] = text.mask.gather(1, text.removed)  # False at spare ones
         if self.has_projections:
             ratio = config.contrastive_mask_ratio
             if ratio == 0:
@@ -699,9 +708,9 @@ class MAECLIP(nn.Module):
                 outputs["image_features"], outputs["text_features"], self.logit_scale.exp()
             )
         if "image_error" in outputs:
-            losses["image"] = masked_mean(outputs["image_error"], outputs["image_counts"])
+            losses["image"] = masked_mean(outputs["image_error"], outputs["image_counted"])
         if "text_error" in outputs:
-            losses["text"] = masked_mean(outputs["text_error"], outputs["text_counts"])
+            losses["text"] = masked_mean(outputs["text_error"], outputs["text_counted"])
         if "first_views" in outputs:
             losses["simclr"] = simclr_loss(outputs["first_views"], outputs["second_views"])
         losses["loss"] = sum(
@@ -800,7 +809,7 @@ class Config(ModelConfig):
     the flag's help."""
 
     out: str = "runs/mae_clip-small"  # folder of the run; by default runs/METHOD-SCALE
-    resume: bool = False  # go on from the newest checkpoint in the run's folder
+    resume: bool = False  # go on from the newest checkpoint in the run's folder, if it has one
     seed: int = 0  # of initial weights, order, crops, captions and masks
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: str = "auto"  # of matrix products: auto (what is fast), fp32 or bf16
@@ -944,8 +953,9 @@ class Muon(torch.optim.Optimizer):
         for parameter in group["params"]:
             gradient = parameter.grad
             momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(gradient))
-            momentum.lerp_(gradient, 0.05)
-            direction = orthogonalise(gradient.lerp(momentum, 0.95))  # Nesterov's look ahead
+            momentum.lerp_(gradient, 0.05)  # 0.95 of the momentum, 0.05 of the gradient
+            # Nesterov's look ahead: 0.05 of the gradient, 0.95 of the new momentum.
+            direction = orthogonalise(gradient.lerp(momentum, 0.95))
             # An orthogonal matrix has entries of 1 / sqrt(longer side), AdamW's step about 0.2
             # each.
             size = 0.2 * max(parameter.shape) ** 0.5
@@ -981,6 +991,7 @@ def make_optimizers(model, config):
     # Betas 0.9 and 0.98 and epsilon 1e-6 as in CLIP.
     optimizers = [torch.optim.AdamW(groups, config.lr, (0.9, 0.98), 1e-6, decay, fused=True)]
     if matrices:
+        # torch.optim.Optimizer's own arguments: parameters, defaults.
         optimizers.append(Muon(matrices, {"lr": config.lr, "weight_decay": decay}))
     return optimizers
 
@@ -1062,7 +1073,9 @@ def keep_memory():
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 # What may differ between a run and its continuation with --resume: all other settings must be the
-# same. --data may be another path to the same samples: open_data compares their sizes and keys.
+# same. --data may be another path to the same samples: open_data compares the shards' sizes and the
+# samples' keys (of streams the shards' names). The tokenizer, and with it vocab_size, is the
+# checkpoint's.
 MAY_CHANGE = set(
     "out resume device precision compile log_every save_every data eval_data workers stop_after "
     "tokenizer vocab_size accumulate".split()
@@ -1078,7 +1091,7 @@ class Run:
     optimizers: list
     loader: Loader
     step: int = 0
-    seconds: float = 0.0  # of training, over all sittings
+    seconds: float = 0.0  # of training, over all sittings, up to each one's last line of the log
 
 
 def checkpoints(out):
@@ -1128,8 +1141,8 @@ def load(path, device="cpu"):
 
 
 def open_run(config):
-    """Makes the run's folder -> the newest checkpoint's state, None for a new run; DataError where
-    that was trained with other settings."""
+    """Makes the run's folder -> the newest checkpoint's state, None where there is none; DataError
+    where the folder holds a run but --resume was not given, or one with other settings."""
     out = Path(config.out)
     if not config.resume and (out / "config.json").exists():
         raise DataError(f"{out}: holds a run; add --resume to go on, or give another --out")
@@ -1237,7 +1250,9 @@ def log(run, rows, seconds, waited):
         "step": run.step,
         "epoch": run.loader.epochs(run.step),
         "pairs": run.step * config.batch_size,
-        **dict(zip([*config.weights(), "loss", "grad_norm"], means, strict=True)),  # as in the row
+        **dict(
+            zip([*config.weights(), "loss", "grad_norm"], means, strict=True)
+        ),  # train_step's order
         "lr": learning_rate(run.step - 1, config),
         "skipped": len(rows) - len(good),
         "pairs_per_second": len(rows) * config.batch_size / seconds,
@@ -1255,7 +1270,7 @@ def log(run, rows, seconds, waited):
 
 
 def fit(run, net, device, autocast):
-    """Trains to --steps or --stop-after -> the number of the signal that ended it before, or 0."""
+    """Trains to --steps or --stop-after -> the number of the signal that came meanwhile, or 0."""
     config = run.config
     rank, world = ranks()
     last = min(config.steps, config.stop_after or config.steps)
@@ -1265,8 +1280,8 @@ def fit(run, net, device, autocast):
         previous[number] = signal.signal(number, lambda came, _: signals.append(came))
     # None: shown where stderr is a terminal.
     bar = tqdm(total=config.steps, initial=run.step, disable=rank > 0 or None)
-    # A stream goes on at its next shard, which is its position; of local shards that is 0, and
-    # they go on at the next step.
+    # batches() counts a stream's shards, which `position` does too, or local shards' steps; there
+    # the position is 0.
     batches = run.loader.batches(run.loader.position or run.step)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
     try:
@@ -1294,7 +1309,7 @@ def fit(run, net, device, autocast):
                 stopped = int(gather(torch.tensor([max(signals)], device=device)).max())
             if rank == 0 and run.step % config.save_every == 0:
                 save_checkpoint(run)
-    finally:  # whatever ends the loop, nothing of what was trained is lost
+    finally:  # whatever ends the loop, the weights are saved
         if rank == 0:
             save_checkpoint(run)
         bar.close()
