@@ -446,7 +446,8 @@ def check(file, image, text, note, captioned):
         raise DataError("no image")
     if captioned and not captions({"txt": read(file, *text), "json": read(file, *note)}):
         raise DataError("no caption")
-    end = read(file, max(offset, offset + size - 1024), min(size, 1024))
+    tail = min(size, 1024)
+    end = read(file, offset + size - tail, tail)
     with suppress(DataError):
         header = open_image(read(file, offset, min(size, 1 << 14)))
         if ENDS.get(header.format, b"") in end:
@@ -820,9 +821,11 @@ def build(folder, texts, jobs):
         for path, lines in texts.items():
             (part / path).parent.mkdir(parents=True, exist_ok=True)
             (part / path).write_text("\n".join(lines), encoding="utf-8")
-        counts = in_parallel(write_shard, [(part / path, *job) for path, *job in jobs])
+        count = sum(in_parallel(write_shard, [(part / path, *job) for path, *job in jobs]))
+        if not count:
+            raise DataError(f"{folder}: not made, since not one image could be read")
         part.rename(folder)
-        return sum(counts)
+        return count
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -889,14 +892,14 @@ def packed(first, photos, size):
     for number, (path, fields) in enumerate(photos, first):
         try:
             content = path.read_bytes()
-            kind = open_image(content).format.lower()
+            kind = path.suffix[1:].lower()
             image = decode(content)
         except (DataError, OSError) as error:
             tqdm.write(f"left out: {path}: {error}", file=sys.stderr)
             continue
         if 0 < size < min(image.size):
             image = ImageOps.cover(image, (size, size))
-            kind = "smaller"
+            kind = ""  # to be encoded anew
         if kind not in IMAGE_FIELDS:
             content = as_jpeg(image)
             kind = "jpeg"
@@ -1119,7 +1122,7 @@ def learn_tokenizer(source, file, vocab_size=32_768):
     file         file to write, for mae_clip.py --tokenizer
     --vocab-size ids at most
     """
-    texts = tqdm(Loader(source, 1, 1, None, 3).texts(), disable=None)
+    texts = tqdm(Loader(source, 1, 1, None, 3).texts())
     Path(file).write_text(json.dumps(Tokenizer.train(texts, vocab_size).merges))
 
 

@@ -2771,6 +2771,22 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
         assert code == 2 and says in err
 
 
+def test_pack_of_a_table_whose_paths_are_all_wrong_makes_nothing_and_says_so(tmp_path):
+    (tmp_path / "table.csv").write_text("path,caption\nnowhere/a.jpg,one\nnowhere/b.jpg,two\n")
+    code, _, said = command("pack", tmp_path / "table.csv", tmp_path / "out")
+    assert code == 2 and "not one image could be read" in said and "nowhere/a.jpg" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_pack_leaves_a_jpeg_of_several_pictures_as_a_phone_writes_it(tmp_path):
+    first = Image.open(io.BytesIO(picture(seed=1)))
+    second = Image.open(io.BytesIO(picture(seed=2)))
+    first.save(tmp_path / "phone.JPG", "MPO", save_all=True, append_images=[second])
+    command("pack", tmp_path, tmp_path / "out")
+    (sample,) = data.read_samples(str(tmp_path / "out" / "train" / "0.tar"))
+    assert sample["jpg"] == (tmp_path / "phone.JPG").read_bytes()
+
+
 def test_pack_takes_a_folder_of_photos_without_captions(tmp_path):
     photos_in(tmp_path / "photos", ["0.jpg", "1.jpg"])
     assert command("pack", tmp_path / "photos", tmp_path / "out")[0] == 0
