@@ -81,8 +81,8 @@ class ModelConfig:
     contrastive_mask_ratio: float = 0.0  # share of patches removed in pass 1 (FLIP: 0.5)
     norm_pix: bool = True  # predict patches normalised by their own mean and variance (MAE)
     contrastive_weight: float = 1.0  # of the contrastive loss
-    image_weight: float = 0.1  # of the image reconstruction
-    text_weight: float = 0.05  # of the text reconstruction
+    image_weight: float = 0.3  # of the image reconstruction
+    text_weight: float = 0.15  # of the text reconstruction
     simclr_weight: float = 1.0  # of SimCLR's loss (SLIP: 1)
     accumulate: int = 1  # pieces of a batch, in memory one at a time; losses stay the batch's
 
@@ -829,7 +829,7 @@ class Config(ModelConfig):
     stop_after: int = 0  # save and stop after so many steps in all; 0: at the last
     batch_size: int = 256  # pairs a step, over all processes
     optimizer: str = "muon"  # of linear layers' matrices: muon or adamw; all else has adamw
-    lr: float = 6e-3  # peak learning rate
+    lr: float = 1e-2  # peak learning rate
     warmup: int = 50  # steps of linear warm-up before the cosine to zero
     weight_decay: float = 0.1  # of matrices only, by both optimisers
 
@@ -894,7 +894,9 @@ TABLE = """
     batch_size         64      256     4096     4096
     steps              60      500    90000    90000
     warmup             10       50     2000     2000
-    lr               6e-3     6e-3     1e-3     5e-4
+    lr               1e-2     1e-2     1e-3     5e-4
+    image_weight      0.3      0.3      0.1      0.1
+    text_weight      0.15     0.15     0.05     0.05
     optimizer        muon     muon    adamw    adamw
     crop              1.0      1.0      0.5      0.5
     log_every          10       50       50       50

@@ -3291,8 +3291,8 @@ def test_checkpoints_of_equal_folder_names_are_told_apart_and_tables_may_be_mark
         paths[-1].write_bytes(trained["clip"].read_bytes())
     runs = [path.parent for path in paths]
     rows = json.loads(call(capsys, "knn", *runs, "--data", folder, "--format", "json"))
-    assert list(rows[0]["values"]) == ["run", str(paths[1]), f"run less {paths[1]}"]
-    assert rows[0]["values"][f"run less {paths[1]}"] == [0, 0, 0]
+    assert list(rows[0]["values"]) == ["run", str(runs[1]), f"run less {runs[1]}"]
+    assert rows[0]["values"][f"run less {runs[1]}"] == [0, 0, 0]
     text = call(capsys, "knn", paths[0], "--data", folder, "--format", "markdown")
     assert text.splitlines()[0].startswith("set | task") or "| task" in text.splitlines()[0]
 
@@ -3611,7 +3611,7 @@ def test_a_run_that_is_complete_is_not_trained_again(stopped):
 @pytest.mark.parametrize(
     "other, says",
     [
-        (("--lr", 0.01), "--lr 0.006"),
+        (("--lr", 0.02), "--lr 0.01"),
         (("--steps", 8), "--steps 6"),
         (("--pool", "cls"), "--pool gap"),
         (("--data-seed", 5), "--data"),
@@ -3821,7 +3821,7 @@ def test_the_experiment_makes_every_run_of_its_grid_and_a_row_of_each(stand_in, 
     for row in rows:
         gain = 0.01 * int(row["seed"]) if row["arm"] == "mae_clip" else 0
         assert float(row["zero_shot acc1"]) == int(row["samples"]) / 10_000 + gain
-        assert row["lr"] == "0.006" and row["seconds"] == "1"
+        assert row["lr"] == "0.01" and row["seconds"] == "1"
     # Leads of 1, 2 and 3 points: see the hand-worked interval.
     line = r"1,000 +gap +10.0 \(0.0\) +12.0 \(1.0\) +\+2.0 \[-0.5, \+4.5\] \(3\)"
     assert re.search(line, table)
@@ -3864,7 +3864,7 @@ def test_numbers_are_taken_however_they_are_written(stand_in, tmp_path):
 
 def test_runs_of_other_settings_are_not_mixed_and_the_setting_is_named(stand_in, tmp_path):
     experiment.run([*GRID, "--out", str(tmp_path)])
-    with pytest.raises(DataError, match=r"--lr 0.006.*another"):
+    with pytest.raises(DataError, match=r"--lr 0.01.*another"):
         experiment.run([*GRID, "--lr", "0.001", "--out", str(tmp_path)])
 
 
