@@ -3762,9 +3762,12 @@ def stand_in(monkeypatch):
     """The experiment runs a stand-in for mae_clip.py."""
     command = [sys.executable, "-c", STAND_IN]
     monkeypatch.setattr(experiment, "launch", lambda slot, jobs: (command, dict(os.environ)))
-    handler = signal.getsignal(signal.SIGTERM)
+    # A background job of a shell, which the tests may be, ignores SIGINT.
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGTERM, before[1])
 
 
 def rows_of(scores):
