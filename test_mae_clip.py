@@ -1762,7 +1762,7 @@ def test_a_step_gives_the_terms_the_loss_and_the_gradients_norm():
     model = tiny()
     terms = model(*example())
     terms["loss"].backward()
-    norm = torch.cat([gradient.flatten() for gradient in gradients(model).values()]).norm()
+    norm = torch.cat([gradient.flatten() for gradient in gradients(model).values()]).double().norm()
     model = tiny()
     optimizers = mae_clip.make_optimizers(model, model.config)
     row = mae_clip.train_step(model, optimizers, FLOAT32, example())
