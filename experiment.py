@@ -26,6 +26,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from xml.sax.saxutils import escape
@@ -222,6 +223,7 @@ class Runner:
 
 
 # --- Numbers --------------------------------------------------------------------------------------
+@cache  # a table asks for the same few again and again
 def student_t(freedom):
     """The 97.5th percentile of Student's t with so many degrees of freedom. With
     t = sqrt(freedom) tan(u) the density of u is proportional to cos(u)^(freedom - 1)."""
@@ -278,10 +280,10 @@ def make_table(rows, arms, style):
                     cells.append("-")
                     if leads:
                         middle, half = interval(leads)
-                        ends = f"[{middle - half:+.1f}, {middle + half:+.1f}]"
-                        cells[-1] = f"{middle:+.1f} {ends} ({len(leads)})".replace(
-                            "[+nan, +nan] ", ""
-                        )
+                        ends = ""
+                        if len(leads) > 1:
+                            ends = f" [{middle - half:+.1f}, {middle + half:+.1f}]"
+                        cells[-1] = f"{middle:+.1f}{ends} ({len(leads)})"
                 if set(cells) != {"-"}:
                     table.append([title, f"{int(samples):,}", pool, *cells])
     return format_table(table, style)
@@ -516,10 +518,12 @@ def run(argv):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     own = out / "experiment.csv"
+    tables = [*args.csv]
+    if own.exists():
+        tables.append(own)
     rows = {}
-    for path in [*args.csv, own]:
-        if path != own or own.exists():
-            rows |= read_rows(path, args.method, flags)
+    for path in tables:
+        rows |= read_rows(path, args.method, flags)
     missing = [key for key in wanted if key not in rows]
     say(f"{len(wanted)} runs, {len(missing)} of them still to be made, {args.jobs} at a time")
     failed = Runner(out, flags, args.jobs).run_all(missing, rows)

@@ -12,7 +12,6 @@ change nothing here.
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from statistics import median
 
@@ -23,6 +22,7 @@ from transformers import CLIPConfig, CLIPModel, ViTMAEConfig, ViTMAEForPreTraini
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import mae_clip
 from data import Batch, Tokenizer
+from eval import timed
 
 
 def tower(width, depth, heads):
@@ -97,20 +97,13 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
 
-    def seconds(function):
-        began = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
     for _ in range(2):  # warm
         our_step()
         their_steps()
     ours, sums, ratios = [], [], []
     for _ in range(args.rounds):
-        ours.append(seconds(our_step))
-        sums.append(seconds(their_steps))
+        ours.append(timed(our_step, 1, device))
+        sums.append(timed(their_steps, 1, device))
         ratios.append(ours[-1] / sums[-1])
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{device}, {'bf16' if autocast._enabled else 'fp32'}, {versions}, batch {B}")
