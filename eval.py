@@ -27,6 +27,9 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import mae_clip  # before torch, as it tells torch's threads how to wait
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -36,7 +39,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-import mae_clip
 from data import DataError
 
 BLOCK = 2**26  # entries of a score matrix held at once: memory does not grow with the test set
