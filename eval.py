@@ -174,12 +174,12 @@ def descend(features, labels, weight, l2, tolerance):
     return unknown.detach() @ back, objective().item()
 
 
-def fit_linear(x, y, classes, l2, start=None, tolerance=1e-8):
+def fit_linear(x, y, classes, l2, tolerance=1e-8):
     """Multinomial logistic regression: minimises mean cross-entropy + l2/2 |W|^2, the intercept
     free, nothing standardised, until 40 more steps gain less than `tolerance` of the objective.
 
-    x (n,D), y (n,) -> weight (C,D), bias (C,); start: such a pair to begin from. scikit-learn's C
-    is 1/(n l2), and for two classes, where it fits their difference alone, 2/(n l2).
+    x (n,D), y (n,) -> weight (C,D), bias (C,). scikit-learn's C is 1/(n l2), and for two classes,
+    where it fits their difference alone, 2/(n l2).
     """
     given = as_features(x, "features")
     labels = as_labels(y, len(given), classes, "labels").to(given.device)
@@ -189,9 +189,6 @@ def fit_linear(x, y, classes, l2, start=None, tolerance=1e-8):
     mean = features.mean(dim=0)
     features = F.pad(features - mean, (0, 1), value=1.0)  # centred: changes the intercept alone
     weight = features.new_zeros(classes, features.shape[1])
-    if start is not None:
-        weight[:, :-1] = start[0]
-        weight[:, -1] = start[1] + start[0] @ mean.to(start[0])
     value = math.inf
     while value > 1e-12:  # with l2 = 0 it may go on towards 0
         better, better_value = descend(features, labels, weight, l2, tolerance)
@@ -215,29 +212,31 @@ def check_split(train_x, train_y, test_x, test_y):
 
 def choose_l2(x, y, classes, seed):
     """The penalty whose fit on 20,000 images at most is best on a held-out fifth of train, 10,000
-    images at most: to a decade, then to half of one -> (accuracy and loss there, l2, the fit)."""
+    images at most: to two decades, to one, to half of one -> its (accuracy, loss, l2)."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x))).to(x.device)
     held_out, rest = order.tensor_split([min(max(1, len(x) // 5), 10_000)])
     part = rest[:20_000]
 
-    def attempt(l2, start):
-        weight, bias = fit_linear(x[part], y[part], classes, l2, start, tolerance=1e-3)
+    def attempt(l2):
+        weight, bias = fit_linear(x[part], y[part], classes, l2, tolerance=1e-3)
         logits = x[held_out] @ weight.T + bias
         accuracy = rate(logits.argmax(dim=1) == y[held_out])
-        return accuracy, F.cross_entropy(logits, y[held_out]).item(), l2, (weight, bias)
+        return accuracy, F.cross_entropy(logits, y[held_out]).item(), l2
 
     # Above the features' whole variance a penalty only shrinks the weights: the grid begins there.
-    # It goes on downwards until two decades better neither accuracy nor loss.
-    trials = [attempt(max(x.var(dim=0).sum().item(), 1e-12), None)]
-    best = lowest = trials[0]
-    while len(trials) < 8 or best in trials[-2:] or lowest in trials[-2:]:
-        *_, l2, fit = trials[-1]
-        trials.append(attempt(l2 / 10, fit))
+    # It goes on downwards until a step betters neither loss nor, by half a point, accuracy.
+    best = attempt(max(x.var(dim=0).sum().item(), 1e-12))
+    trials = [best]
+    better = True
+    while better or len(trials) < 4:
+        accuracy, loss, l2 = attempt(trials[-1][2] / 100)
+        better = accuracy > best[0] + 0.005 or loss < trials[-1][1]
+        trials.append((accuracy, loss, l2))
         best = max(trials, key=lambda trial: trial[0])  # among equals the largest penalty
-        lowest = min(trials, key=lambda trial: trial[1])
-    *_, l2, fit = best
-    refined = [attempt(l2 * 10**0.5, fit), best, attempt(l2 / 10**0.5, fit)]
-    return max(refined, key=lambda trial: trial[0])
+    for factor in (10, 10**0.5):
+        near = [attempt(best[2] * factor), best, attempt(best[2] / factor)]
+        best = max(near, key=lambda trial: trial[0])
+    return best
 
 
 def linear_probe(train_x, train_y, test_x, test_y, seed=0):
@@ -248,8 +247,8 @@ def linear_probe(train_x, train_y, test_x, test_y, seed=0):
     labels that don't fit.
     """
     x, y, test_x, test_y, classes = check_split(train_x, train_y, test_x, test_y)
-    held_out, _, l2, fit = choose_l2(x, y, classes, seed)
-    weight, bias = fit_linear(x, y, classes, l2, fit, tolerance=1e-4)
+    held_out, _, l2 = choose_l2(x, y, classes, seed)
+    weight, bias = fit_linear(x, y, classes, l2, tolerance=1e-4)
     hits = (test_x @ weight.T + bias).argmax(dim=1) == test_y
     return {"acc1": rate(hits), "l2": l2, "held_out_acc1": held_out, "hits": hits}
 
@@ -335,22 +334,37 @@ def open_sets(sources, structured=False):
     return sets
 
 
-# --- Features -------------------------------------------------------------------------------------
-def read_image(size, where, sample):
-    """A sample (key, image bytes, ...) -> uint8 (3,S,S); DataError, with its name, if damaged."""
+def named(function, where, sample):
+    """function(image bytes) of a sample (key, image bytes, ...); a DataError says which it was."""
     try:
-        return data.preprocess(data.decode(sample[1]), size)
+        return function(sample[1])
     except DataError as error:
         raise DataError(f"{where}: {sample[0]}: {error}") from None
 
 
+def check_sets(sources):
+    """DataError where a set is missing, or a glance at its test split shows what cannot be
+    scored."""
+    for dataset in open_sets(sources):
+        for sample in dataset.samples("test"):
+            named(data.open_image, dataset.source, sample)
+            if dataset.classes and sample[2] >= len(dataset.classes):
+                found = f"class {sample[2]} (from 0) of {len(dataset.classes)}"
+                raise DataError(f"{dataset.source}: {sample[0]}: {found}")
+
+
+# --- Features -------------------------------------------------------------------------------------
 def image_batches(dataset, split, size, limit=None):
     """Yields (uint8 (B,3,S,S), list of B targets), decoded in threads."""
     samples = tqdm(dataset.samples(split), f"{dataset.source} {split}", leave=False, disable=None)
     samples = islice(samples, limit)
+
+    def read(sample):
+        return data.preprocess(named(data.decode, dataset.source, sample), size)
+
     with ThreadPoolExecutor() as pool:
         while batch := list(islice(samples, 256)):
-            images = list(pool.map(partial(read_image, size, dataset.source), batch))
+            images = list(pool.map(read, batch))
             yield torch.stack(images), [target for _, _, target in batch]
 
 
@@ -899,7 +913,7 @@ def classify_photo(paths, labels, device):
         raise DataError("--labels: takes two labels or more, with zero-shot CHECKPOINT PHOTO")
     model, tokenizer, config = mae_clip.load(paths[0], device)
     texts = encode_classes(model, tokenizer, classes, ["{c}"]).to(device)
-    photo = read_image(config.image_size, "photo", (paths[1], Path(paths[1]).read_bytes()))
+    photo = data.preprocess(data.decode(Path(paths[1]).read_bytes()), config.image_size)
     logits = model.logit_scale.exp() * model.encode_image(photo[None].to(device)) @ texts.T
     rows = [["label", "probability"]]
     for label, share in zip(classes, logits.softmax(dim=1)[0].tolist(), strict=True):

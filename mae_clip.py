@@ -1330,7 +1330,7 @@ def fit(run, net, device, autocast):
 
 def train(config):
     """One run, from its first step or its newest checkpoint to its results -> the exit code."""
-    from eval import evaluate, format_results, open_sets  # here, since eval.py builds on this file
+    from eval import check_sets, evaluate, format_results  # here, since eval.py builds on this file
 
     device, autocast = pick_device(config)
     if "WORLD_SIZE" in os.environ:
@@ -1338,7 +1338,7 @@ def train(config):
     rank, world = ranks()
     state = open_run(config)
     loader, config = open_data(config, state)
-    open_sets(config.eval_data)  # what cannot be scored is said now
+    check_sets(config.eval_data)  # what cannot be scored is said now
     torch.manual_seed(config.seed)
     model = MAECLIP(config).to(device)
     run = Run(config, model, make_optimizers(model, config), loader)

@@ -3119,6 +3119,22 @@ def test_sets_that_cannot_be_scored_are_refused_when_they_are_opened(tmp_path):
     refused(folder, "needs 2 lines in classnames.txt")
 
 
+def test_sets_whose_headers_or_classes_do_not_fit_are_refused_before_training(tmp_path):
+    folder = labelled_folder(tmp_path / "set", 9, "abc")
+    evaluation.check_sets(f"{folder}::{captioned_shard(tmp_path / 'dev.tar')}")
+    (folder / "classnames.txt").write_text("a\nb")
+    found = r"set: 002: class 2 \(from 0\) of 2"
+    with pytest.raises(ValueError, match=found):
+        evaluation.check_sets(str(folder))
+    files = [("1.jpg", picture(8, 8)), ("1.txt", b"a"), ("2.jpg", b"no image"), ("2.txt", b"b")]
+    shard = tar_of(tmp_path / "damaged.tar", files)
+    with pytest.raises(ValueError, match="damaged.tar: 2: image header unreadable"):
+        evaluation.check_sets(str(shard))
+    done = run(*TINY, "--eval-data", shard, "--out", tmp_path / "run", code=2)
+    assert "damaged.tar: 2: image header unreadable" in said_in_one_line(done)
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
 def test_sets_are_joined_by_double_colons(tmp_path):
     folder = labelled_folder(tmp_path / "set")
     shard = captioned_shard(tmp_path / "dev.tar")
