@@ -47,7 +47,7 @@ class DataError(ValueError):
 
 
 def one_line(error):
-    """An error's message; of a worker's, which comes with its traceback, the last line."""
+    """The last line of an error's message (a worker's comes with its traceback)."""
     message = str(error).strip() or repr(error)
     return re.sub(r"^[\w.]*Error: ", "", message.splitlines()[-1])
 
@@ -293,7 +293,7 @@ def preprocess(image, size):
 def random_crop(data, size, least, rng):
     """Image bytes -> uint8 (3,S,S): a random box, of `least` to 1 of the area and sides from 3:4 to
     4:3 as far as these fit, resized."""
-    # Decoded no finer than it takes to find `size` pixels in the smallest box.
+    # Decoded at the coarsest size that leaves `size` pixels in the smallest box.
     image = decode(data, math.ceil(size / math.sqrt(0.75 * least)))
     area = image.width * image.height * rng.uniform(least, 1)
     ratio = (4 / 3) ** rng.uniform(-1, 1)
@@ -605,9 +605,10 @@ class Work(IterableDataset):
 @dataclass(eq=False)
 class Loader:
     """Batches of a source, of local shards or a stream. Order, crops and captions drawn depend on
-    seed, epoch and sample alone. `stream`: is it one (a pipe:, or resample); `position`: the number
-    of the shard at which a stream goes on; `identity`: plain values that tell the same data again;
-    `bad`: {cause: samples skipped}. DataError if a batch, or most of the data, is not usable."""
+    seed, epoch and sample alone, of a stream also on rank and workers. `stream`: is it one (a
+    pipe:, or resample); `position`: the number of the shard at which a stream goes on; `identity`:
+    plain values that tell the same data again; `bad`: {cause: samples skipped}. DataError if a
+    batch, or most of the data, is not usable."""
 
     source: str  # or a list
     batch_size: int  # of one rank
@@ -743,7 +744,7 @@ class Loader:
             self.position = max(self.position, position)
             self.count(failed)
             lost += len(failed)
-            if lost > max(100, seen / 2):
+            if lost > max(100, seen):
                 raise DataError(f"most samples are of no use; {self.report()}")
             if batch:
                 seen += self.batch_size
@@ -939,7 +940,7 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
             shards[split] = first // shard + 1
     written = build(folder, described(classes, [PACK_TEMPLATE], shards), jobs)
     print(f"{folder}: {written} samples in {len(jobs)} shards; {len(photos) - written} left out")
-    print(f"next: python mae_clip.py --data {folder}")
+    print(f"next: python mae_clip.py --data {folder} (photos without captions: --method mae)")
 
 
 def inspect(source):
@@ -947,7 +948,7 @@ def inspect(source):
 
     source       shards: paths, globs, {000..123}, folders, joined by ::
 
-    Exit code 1: something is wrong with samples; 2: nothing is usable.
+    Exit code 1: something is wrong with some samples; 2: with most of them.
     """
     first = list(islice(read_samples(source), 5))
     classes = any("cls" in sample for sample in first)  # then samples need no caption

@@ -299,7 +299,7 @@ def open_folder(folder):
 
     def lines(name):
         path = folder / name
-        text = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+        text = path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""
         return [line.strip() for line in text.split("\n") if text]
 
     classes = lines("classnames.txt")
@@ -325,7 +325,7 @@ def open_sets(sources, structured=False):
         if (folder / "objects").is_dir():  # the built-in data
             names = ["objects", "count", "position", "relation"] if structured else ["objects"]
             sets += [open_folder(folder / name) for name in names]
-            sets.append(EvalSet(f"{folder}/dev-*.tar"))
+            sets.append(EvalSet(f"{folder}/dev-00000.tar"))
         elif folder.is_dir():
             sets.append(open_folder(folder))
         else:
@@ -343,8 +343,7 @@ def named(function, where, sample):
 
 
 def check_sets(sources):
-    """DataError where a set is missing, or a glance at its test split shows what cannot be
-    scored."""
+    """DataError where a set is missing, or a header or class of its test split does not fit."""
     for dataset in open_sets(sources):
         for sample in dataset.samples("test"):
             named(data.open_image, dataset.source, sample)
@@ -598,7 +597,7 @@ def evaluate(model, tokenizer, eval_data, out=None):
     fit but k-NN, and draws the first captioned set to out/reconstructions.png. What fails costs
     itself alone and a line.
     -> {task, from its second set on with the set's name: {measure: value, None where undefined;
-    chance: {measure: value}; n: test images}}."""
+    chance: {measure: value}; n: images of the test split}}."""
     model.eval()
     datasets = open_sets(eval_data)
     tasks = [task for task in TASKS if task != "knn"]
@@ -941,7 +940,7 @@ def run(argv):
     tasks, _ = COMMANDS[args.command]
     rows = suite(args.paths, datasets, tasks, device, args.untrained)
     if not rows:
-        sys.exit(2)  # why has been said
+        raise DataError("no task could be done with these checkpoints and sets")
     if args.command == "reconstruct":
         path = Path(args.out or run_folder(args.paths[0]) / "reconstruct.png")
         model, tokenizer, _ = mae_clip.load(args.paths[0], device)

@@ -5,13 +5,13 @@
     python eval.py experiment --csv docs/experiment.csv  uses the runs that this table holds
     python eval.py experiment --scale base --data SHARDS --eval-data SETS --samples 100000,1000000
 
-Runs mae_clip.py once for each arm, number of unique pairs, pooling and seed. All see equally many
-pairs, since all flags that are not listed below are mae_clip.py's own and go to every run. An arm
-is a method, or a method with flags of its own: clip@steps=900@lr=0.01. The gain is that of the
-second arm over each other one, paired by seed. OUT holds experiment.csv (a row a run),
-experiment.md (the table), experiment.svg and .png (the figure, which tells three arms and three
-poolings apart), and each run's folder and log. Runs that have a row are not made again; what was
-interrupted goes on.
+Runs mae_clip.py once for each arm, number of unique pairs, pooling and seed. An arm is a method, or
+a method with flags of its own: clip@steps=900@lr=0.01. All flags that are not listed below are
+mae_clip.py's and go to every run: so arms without steps of their own see equally many pairs. The
+gain is that of the second arm over each other one, paired by seed. OUT holds experiment.csv (a row
+a run), experiment.md (the table), experiment.svg and .png (the figure, which tells three arms and
+three poolings apart), and each run's folder and log. Runs that have a row are not made again; what
+was interrupted goes on.
 """
 
 import argparse
@@ -47,7 +47,7 @@ except ImportError:  # Windows
     fcntl = None
 
 AXES = ("arm", "samples", "pool", "seed")  # what tells the runs of a table apart
-# Settings in which the runs of a table may differ beside the axes, as no result depends on them.
+# Settings in which the runs of a table may differ beside the axes: at most rounding hangs on them.
 FREE = set("out resume device compile log_every save_every workers accumulate".split())
 MEASURES = {  # of the table; the figure draws the first in which two arms can be compared
     "zero_shot acc1": "zero-shot accuracy",
@@ -87,8 +87,8 @@ def read_rows(path, arms, flags):
     found = {}
     for row in rows:
         key = tuple(row.get(axis) for axis in AXES)
-        if None in key:
-            raise DataError(f"{path}: is no table of runs, which has the columns {AXES}")
+        if None in key or not key[1].isdecimal():
+            raise DataError(f"{path}: {key}: is no run, which has {AXES} in columns")
         wanted = settings(key, flags) if key[0] in arms else {}
         other = [name for name in wanted if row.get(name) != wanted[name]]
         if other:
@@ -188,8 +188,9 @@ class Runner:
         finally:
             self.slots.put(slot)
         if code:
-            *_, last = ["", *Path(log.name).read_text(encoding="utf-8").splitlines()]
-            raise DataError(f"exit code {code}: {last}; see {log.name}")
+            said = Path(log.name).read_text(encoding="utf-8", errors="replace")
+            errors = re.findall(".*[Ee]rror:.*", said) or [""]
+            raise DataError(f"exit code {code}: {errors[-1]}; see {log.name}")
         return make_row(key, self.flags, json.loads((folder / "results.json").read_text()))
 
     def stop(self):
@@ -208,12 +209,11 @@ class Runner:
                     key = runs[done]
                     try:
                         rows[key] = done.result()
+                        write_rows(self.out / "experiment.csv", rows)
+                        say(f"done: {' '.join(key)}, {rows[key]['seconds']} s of training")
                     except Exception as error:  # one run's trouble; the others go on
                         failed += 1
                         say(f"failed: {' '.join(key)}: {error}")
-                        continue
-                    write_rows(self.out / "experiment.csv", rows)
-                    say(f"done: {' '.join(key)}, {rows[key]['seconds']} s of training")
             except KeyboardInterrupt:
                 say("interrupted; the same command goes on from what its runs have saved")
                 self.stop()
@@ -497,6 +497,8 @@ def check(key, flags):
     """DataError, or exit code 2 and a line, where a run could not be made or scored."""
     config = mae_clip.parse(run_flags(key, flags))
     open_sets(config.eval_data)
+    if config.resample or config.stop_after or "pipe:" in config.data:
+        raise DataError("runs of a part of the data take no stream, and no --stop-after")
     if config.data:
         data.expand(config.data)
         if not config.eval_data:

@@ -37,9 +37,9 @@ import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Before torch reads it: the threads of an operator wait for each other awake, for milliseconds, and
-# so block each other wherever another program runs. 1000 turns is what OpenMP itself takes where
-# cores are scarce. Measured in docs/results.md: 20 times the speed on a busy machine.
+# To be set before torch is imported. Threads of GNU OpenMP that wait for each other stay awake for
+# milliseconds (300,000 turns), and so block each other wherever another program runs. With 1000
+# turns a busy machine trains 20 times as fast (docs/results.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -90,7 +90,7 @@ class ModelConfig:
     image_weight: float = 0.3  # of the image reconstruction
     text_weight: float = 0.15  # of the text reconstruction
     simclr_weight: float = 1.0  # of SimCLR's loss (SLIP: 1)
-    accumulate: int = 1  # pieces of a batch, in memory one at a time; losses stay the batch's
+    accumulate: int = 1  # pieces to compute a batch in: less memory, same losses and gradient
 
     def weights(self):
         """{term: weight} of the terms that are computed: the method's, where the weight is above
@@ -150,7 +150,7 @@ def sincos_2d(width, rows, cols):
 
 def take(x, index):
     """x (B or 1, N, D), index (B,K) -> (B,K,D): the rows of each sample that index names."""
-    return torch.take_along_dim(x, index[..., None], dim=1)  # repeated over D, and B where x has 1
+    return torch.take_along_dim(x, index[..., None], dim=1)  # the index holds for all of D
 
 
 # --- Masks ----------------------------------------------------------------------------------------
@@ -213,11 +213,14 @@ def random_text_mask(noise, tokens, ratio):
 
 
 class Masked(NamedTuple):
-    """What the masked pass knows of one modality (N stands for patches or tokens)."""
+    """What the masked pass knows of one modality (N stands for patches or tokens).
+
+    The R = N - K slots of `removed` are as many as the longest caption loses. A shorter one loses
+    fewer: its last slots are spare, and name positions that were kept or are padding.
+    """
 
     keep: torch.Tensor  # (B,K) positions that the encoder sees
-    removed: torch.Tensor  # (B,R) positions predicted, R = N - K. A short caption has fewer: its
-    # last slots are spare, and name positions that were kept or are padding.
+    removed: torch.Tensor  # (B,R) positions that are predicted
     real: torch.Tensor  # (B,N) bool, False at padding; None for patches, which have none
     mask: torch.Tensor  # (B,N) bool, True where removed
 
@@ -400,6 +403,7 @@ class Modality(nn.Module):
         """encoded (B,K,D) -> (B,N,width): each where it was kept, a mask token everywhere else."""
         N = masked.mask.shape[1]
         kept = self.embed(encoded)
+        # scatter needs one type: under autocast kept is in bfloat16.
         tokens = self.mask_token.to(kept.dtype).expand(len(kept), N, -1)
         place = masked.keep.unsqueeze(-1).expand_as(kept)
         return tokens.scatter(1, place, kept) + self.position[:, :N]
@@ -434,7 +438,7 @@ class Decoder(nn.Module):
         if text is not None:
             parts.append(self.text.enter(encoded_text, text))
         x = torch.cat(parts, dim=1)  # (B,1+N+T,width)
-        real = None  # patches are never padding, and without a mask attention has faster kernels
+        real = None  # patches are never padding
         if text is not None:
             real = F.pad(text.real, (x.shape[1] - text.real.shape[1], 0), value=True)
         for block in self.blocks:
@@ -481,7 +485,8 @@ def contrastive_loss(image_features, text_features, scale):
 
 def patch_targets(patches, normalise=True):
     """What patches (...,P*P*3) are to be predicted as: MAE normalises each by its own mean and
-    unbiased variance (+1e-6). To reconstruct another target of this size, change this function."""
+    unbiased variance (+1e-6). To reconstruct another target of this size, change this function
+    and, for pictures, its inverse: panels in eval.py."""
     patches = at_least_float32(patches)
     if not normalise:
         return patches
@@ -535,7 +540,7 @@ def simclr_loss(a, b, temperature=0.1):
 # All ranks must call a loss together. encode_image, encode_text and reconstruct call none of this.
 
 
-# torch 2.13 renamed it; it still has the old name, but warns where that is called.
+# torch 2.13 renamed this function, and warns where the old name is called.
 all_gather = getattr(
     collectives, "all_gather_single_autograd", collectives.all_gather_tensor_autograd
 )
@@ -620,10 +625,10 @@ class MAECLIP(nn.Module):
         alike."""
         for name, parameter in self.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            if "token" in name or "position" in name:
+            if "token" in name or "position" in name:  # CLS, mask tokens, embeddings, positions
                 nn.init.normal_(parameter, std=0.02, generator=generator)
             elif parameter.ndim > 1:  # the patch convolution counts as a matrix
-                nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)  # in place
+                nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)  # a view
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             # Norms' weights stay 1, and the logit scale stays as it was made.
@@ -687,9 +692,7 @@ class MAECLIP(nn.Module):
         if image is not None:
             target = take(patchify(images, config.patch_size), image.removed)  # (B,R,P*P*3)
             outputs["image_error"] = image_error(pixels, target, config.norm_pix)  # (B,R)
-            outputs["image_counted"] = image.mask.gather(
-                1, image.removed
-            )  # (B,R), all True, for masked_mean
+            outputs["image_counted"] = image.mask.gather(1, image.removed)  # (B,R), all True
         if text is not None:
             outputs["text_error"] = text_error(logits, tokens.gather(1, text.removed))  # (B,R)
             outputs["text_counted"] = text.mask.gather(1, text.removed)  # False at spare ones
@@ -700,7 +703,7 @@ class MAECLIP(nn.Module):
             elif image is not None and ratio == config.mask_ratio:
                 seen = encoded_image  # one masked pass serves both losses
             else:
-                seen = self.image_encoder(images, random_mask(image_noise, ratio)[0])
+                seen = self.image_encoder(images, random_mask(image_noise, ratio)[0])  # keep
             outputs["image_features"] = self.project_image(pool(seen, config.pool))  # (B,E)
             outputs["text_features"] = self.encode_text(tokens)
         if "simclr" in config.weights():
@@ -954,7 +957,7 @@ def learning_rate(step, config):
 class Muon(torch.optim.Optimizer):
     """Moves matrices along their orthogonalised momentum (Jordan et al. 2024), by steps of
     AdamW's size. torch.optim.Muon computes in bfloat16, which a CPU without AVX512-BF16 or AMX
-    emulates: two seconds a step at `small` where float32 takes 0.03."""
+    emulates: two seconds a step at `small` where float32 takes 0.03 to 0.6."""
 
     @torch.no_grad()
     def step(self):
@@ -1014,7 +1017,7 @@ def train_step(net, optimizers, autocast, batch):
     terms["loss"].backward()
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     row = torch.stack([*terms.values(), norm]).detach()
-    finite = row.isfinite().all().item()  # waits for the device: less than 2 % of a step at `base`
+    finite = row.isfinite().all().item()  # waits for the device: nothing measurable at `base`
     for optimizer in optimizers:
         if finite:
             optimizer.step()
@@ -1044,6 +1047,7 @@ def bf16_speedup(width):
 
 def pick_device(config):
     """-> the device of this process, and the autocast for its forward passes."""
+    keep_memory()
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"  # mps has never been tried
@@ -1136,7 +1140,10 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         return state | {"config": Config(**state["config"])}
     except Exception:  # a damaged file raises nearly anything
-        raise DataError(f"{path}: no whole checkpoint, nor a run that holds one") from None
+        raise DataError(
+            f"{path}: no whole checkpoint, nor a run that holds one; "
+            "where a run's newest is damaged, remove it, and --resume goes on from the one before"
+        ) from None
 
 
 def load(path, device="cpu"):
@@ -1182,7 +1189,7 @@ def open_data(config, state):
         )
     if not config.data:
         scenes = str(builtin(config.scenes, config.data_seed))
-        config = replace(config, data=f"{scenes}/train-*.tar", eval_data=config.eval_data or scenes)
+        config = replace(config, data=scenes, eval_data=config.eval_data or scenes)
     loader = Loader(
         config.data,
         config.batch_size // world,
@@ -1200,7 +1207,7 @@ def open_data(config, state):
     )
     if state:
         if loader.identity != state["data"]:
-            raise DataError(f"--data {config.data}: not what the checkpoint was trained on")
+            raise DataError(f"--data: not the samples that {config.out} was trained on")
         loader.position = state["position"]
     if config.method != "mae":
         if state:
@@ -1407,7 +1414,6 @@ def main(argv=None):
     """Runs the command line: exit code 0 when done, 2 where what was given (or a file, or the disk)
     does not work, 128 + n when signal n ended it."""
     try:
-        keep_memory()
         sys.exit(train(parse(argv)))
     except KeyboardInterrupt:
         sys.exit(130)
