@@ -49,8 +49,10 @@ def as_features(values, name):
     """Array or tensor (n,D) -> float32 or float64 tensor; ValueError where it is not finite."""
     features = mae_clip.at_least_float32(torch.as_tensor(values))
     if features.ndim != 2 or len(features) == 0 or not features.isfinite().all():
-        found = f"found {tuple(features.shape)}"
-        raise ValueError(f"{name}: must be finite numbers of shape (n, D) with n > 0, {found}")
+        raise ValueError(
+            f"{name}: must be finite numbers of shape (n, D) with n > 0, "
+            f"found {tuple(features.shape)}"
+        )
     return features
 
 
@@ -59,8 +61,10 @@ def as_labels(values, count, classes, name):
     labels = torch.as_tensor(values)
     whole = labels.shape == (count,) and not labels.is_floating_point()
     if classes < 2 or not whole or labels.min() < 0 or labels.max() >= classes:
-        wanted = f"{count} integers in 0 ... {classes - 1}, of two classes or more"
-        raise ValueError(f"{name}: must be {wanted}, found {str(labels.tolist())[:60]}")
+        raise ValueError(
+            f"{name}: must be {count} integers in 0 ... {classes - 1}, of two classes or more, "
+            f"found {str(labels.tolist())[:60]}"
+        )
     return labels.long()
 
 
@@ -307,8 +311,10 @@ def open_folder(folder):
     if not classes and shards.isdecimal():
         return EvalSet(f"{folder}/test/{{0..{int(shards) - 1}}}.tar")
     if len(classes) < 2:
-        needs = "2 lines in classnames.txt, or captions and test/nshards.txt"
-        raise DataError(f"{folder}: is no test set, which needs {needs}; or name its shards")
+        raise DataError(
+            f"{folder}: is no test set, which needs 2 lines in classnames.txt, or captions and "
+            "test/nshards.txt; or name its shards"
+        )
     templates = lines("zeroshot_classification_templates.txt") or ["a photo of a {c}."]
     for template in templates:
         if "{c}" not in template:
@@ -334,22 +340,22 @@ def open_sets(sources, structured=False):
     return sets
 
 
-def named(function, where, sample):
-    """function(image bytes) of a sample (key, image bytes, ...); a DataError says which it was."""
+def named(function, name, content):
+    """function(content), the bytes of an image; a DataError says its name too."""
     try:
-        return function(sample[1])
+        return function(content)
     except DataError as error:
-        raise DataError(f"{where}: {sample[0]}: {error}") from None
+        raise DataError(f"{name}: {error}") from None
 
 
 def check_sets(sources):
     """DataError where a set is missing, or a header or class of its test split does not fit."""
     for dataset in open_sets(sources):
-        for sample in dataset.samples("test"):
-            named(data.open_image, dataset.source, sample)
-            if dataset.classes and sample[2] >= len(dataset.classes):
-                found = f"class {sample[2]} (from 0) of {len(dataset.classes)}"
-                raise DataError(f"{dataset.source}: {sample[0]}: {found}")
+        for key, content, target in dataset.samples("test"):
+            name = f"{dataset.source}: {key}"
+            named(data.open_image, name, content)
+            if dataset.classes and target >= len(dataset.classes):
+                raise DataError(f"{name}: class {target} (from 0) of {len(dataset.classes)}")
 
 
 # --- Features -------------------------------------------------------------------------------------
@@ -359,7 +365,8 @@ def image_batches(dataset, split, size, limit=None):
     samples = islice(samples, limit)
 
     def read(sample):
-        return data.preprocess(named(data.decode, dataset.source, sample), size)
+        key, content, _ = sample
+        return data.preprocess(named(data.decode, f"{dataset.source}: {key}", content), size)
 
     with ThreadPoolExecutor() as pool:
         while batch := list(islice(samples, 256)):
@@ -912,7 +919,8 @@ def classify_photo(paths, labels, device):
         raise DataError("--labels: takes two labels or more, with zero-shot CHECKPOINT PHOTO")
     model, tokenizer, config = mae_clip.load(paths[0], device)
     texts = encode_classes(model, tokenizer, classes, ["{c}"]).to(device)
-    photo = data.preprocess(data.decode(Path(paths[1]).read_bytes()), config.image_size)
+    photo = named(data.decode, paths[1], Path(paths[1]).read_bytes())
+    photo = data.preprocess(photo, config.image_size)
     logits = model.logit_scale.exp() * model.encode_image(photo[None].to(device)) @ texts.T
     rows = [["label", "probability"]]
     for label, share in zip(classes, logits.softmax(dim=1)[0].tolist(), strict=True):
@@ -940,7 +948,7 @@ def run(argv):
     tasks, _ = COMMANDS[args.command]
     rows = suite(args.paths, datasets, tasks, device, args.untrained)
     if not rows:
-        raise DataError("no task could be done with these checkpoints and sets")
+        sys.exit(2)  # why has been said
     if args.command == "reconstruct":
         path = Path(args.out or run_folder(args.paths[0]) / "reconstruct.png")
         model, tokenizer, _ = mae_clip.load(args.paths[0], device)

@@ -251,8 +251,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B,T,3,heads,D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B,heads,T,D/heads)
         attendable = None if real is None else real[:, None, None]  # padding is no key
-        if q.is_cpu and q.dtype == torch.bfloat16:
-            # Plain products: SDPA's backward pass takes three times as long in bfloat16 on a CPU.
+        if q.is_cpu:
+            # Plain products: on a CPU SDPA is slow on short sequences, and thrice so in bfloat16.
             scores = (q @ k.mT) * q.shape[-1] ** -0.5
             if attendable is not None:
                 scores = scores.masked_fill(~attendable, -math.inf)
@@ -1322,7 +1322,7 @@ def fit(run, net, device, autocast):
                 log(run, rows, seconds, waited)
                 since, waited, rows = time.time(), 0.0, []
             # Several processes must stop at the same step; to agree on it at each would cost time.
-            if logging or world == 1:
+            if run.step < last and (logging or world == 1):
                 stopped = int(gather(torch.tensor([max(signals)], device=device)).max())
             if rank == 0 and run.step % config.save_every == 0:
                 save_checkpoint(run)

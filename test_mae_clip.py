@@ -3586,6 +3586,18 @@ def test_a_signal_saves_says_how_to_go_on_and_ends_with_its_code(tmp_path, numbe
     assert list(out.glob("checkpoint-*.pt"))
 
 
+def test_a_signal_in_the_last_step_does_not_cost_the_scores(tmp_path, monkeypatch):
+    step = mae_clip.train_step
+
+    def signalled(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(mae_clip, "train_step", signalled)
+    run(*TINY, "--method", "clip", "--steps", 1, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "results.json").exists()
+
+
 @pytest.fixture(scope="module")
 def stopped_run(tmp_path_factory, cache):
     """The flags of a run of six steps, and its folder, where it was stopped after four."""
