@@ -142,14 +142,16 @@ def launch(slot, jobs):
     if os.environ.get("CUDA_VISIBLE_DEVICES"):
         cards = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
     command = [sys.executable]
+    flags = ["--workers", "0"]  # cores have runs enough, unless --workers is given
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
     if count:
+        flags = []
         cards = cards[slot % count :: jobs]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(cards)
         if len(cards) > 1:
-            command += ["-m", "torch.distributed.run", "--standalone"]
-            command += ["--nproc-per-node", str(len(cards))]
-    return [*command, mae_clip.__file__], environment
+            launcher = "-m torch.distributed.run --standalone --nproc-per-node"
+            command += [*launcher.split(), str(len(cards))]
+    return [*command, mae_clip.__file__, *flags], environment
 
 
 class Runner:
@@ -479,7 +481,7 @@ def parse(argv):
     for name, (kind, value, text) in DEFAULTS.items():
         text += ", with commas between (default: %(default)s)"
         parser.add_argument(f"--{name}", type=kind, default=value, help=text)
-    jobs = torch.cuda.device_count() or max(1, os.cpu_count() // 2)
+    jobs = torch.cuda.device_count() or os.cpu_count()
     text = "runs at a time, which share cores and GPUs (default: %(default)s)"
     parser.add_argument("--jobs", type=int, default=jobs, help=text)
     parser.add_argument("--out", default="runs/experiment", help="folder (default: %(default)s)")

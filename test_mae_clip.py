@@ -3973,6 +3973,10 @@ def test_cores_and_gpus_are_shared_out_among_runs(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
     _, environment = experiment.launch(1, 2)
     assert environment["CUDA_VISIBLE_DEVICES"] == "6"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    command, environment = experiment.launch(1, 32)
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert command == [sys.executable, mae_clip.__file__, "--workers", "0"]
 
 
 def test_the_figure_shows_the_tables_numbers():
