@@ -4062,6 +4062,15 @@ def test_the_experiment_trains_and_scores_as_a_user_types_it(tmp_path):
     assert float(rows["mae_clip"]["reconstruction image_loss"]) > 0
 
 
+@pytest.mark.parametrize("row", ["clip,many,gap,3", ",,,"])
+def test_a_row_that_is_no_run_is_named_before_any_run(row, stand_in, tmp_path):
+    table = tmp_path / "edited.csv"
+    table.write_text(f"arm,samples,pool,seed\nmae,100,gap,3\n\n{row}\n")
+    with pytest.raises(DataError, match="edited.csv.*no run"):
+        experiment.run([*GRID, "--csv", str(table), "--out", str(tmp_path / "new")])
+    assert not (tmp_path / "new" / "experiment.csv").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
@@ -4074,6 +4083,8 @@ def test_the_experiment_trains_and_scores_as_a_user_types_it(tmp_path):
         (["--jobs", "0"], "--jobs"),
         (["--data", "nowhere.tar", "--eval-data", "nowhere.tar"], "nowhere.tar"),
         (["--data", str(HERE / "README.md")], "--eval-data"),
+        (["--data", "pipe:cat a.tar", "--eval-data", str(HERE / "README.md")], "no stream"),
+        (["--stop-after", "5"], "--stop-after"),
     ],
 )
 def test_an_experiment_that_cannot_be_is_refused_before_any_run(
