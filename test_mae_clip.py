@@ -3619,7 +3619,7 @@ def test_a_run_is_not_resumed_on_other_data(stopped):
     flags, _ = stopped
     other = f"{data.builtin(400, 5)}/train-*.tar"
     done = run(*flags, "--resume", "--data", other, code=2)
-    assert "not what the checkpoint was trained on" in said_in_one_line(done)
+    assert "not the samples that" in said_in_one_line(done)
 
 
 def test_a_run_that_was_started_is_not_overwritten(stopped):
