@@ -218,7 +218,7 @@ def check_split(train_x, train_y, test_x, test_y):
 
 def choose_l2(x, y, classes, seed):
     """The penalty whose fit on 20,000 images at most is best on a held-out fifth of train, 10,000
-    images at most: to two decades, to one, to half of one -> its (accuracy, loss, l2)."""
+    images at most: to two decades, to one, to half of one."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x))).to(x.device)
     held_out, rest = order.tensor_split([min(max(1, len(x) // 5), 10_000)])
     part = rest[:20_000]
@@ -244,18 +244,18 @@ def choose_l2(x, y, classes, seed):
             [attempt(best[2] * factor), best, attempt(best[2] / factor)],
             key=lambda trial: trial[0],
         )
-    return best
+    return best[2]
 
 
 def linear_probe(train_x, train_y, test_x, test_y, seed=0):
     """Logistic regression on frozen features. Its penalty is chosen on a part of train that is held
     out by the seed; then all of train is fitted.
 
-    x (n,D), y (n,) -> {acc1, l2, hits: bool, one a test image}; ValueError for
-    labels that don't fit.
+    x (n,D), y (n,) -> {acc1, l2, hits: bool, one a test image}; ValueError for labels that don't
+    fit.
     """
     x, y, test_x, test_y, classes = check_split(train_x, train_y, test_x, test_y)
-    *_, l2 = choose_l2(x, y, classes, seed)
+    l2 = choose_l2(x, y, classes, seed)
     weight, bias = fit_linear(x, y, classes, l2, tolerance=1e-4, enough=0.01)
     hits = (test_x @ weight.T + bias).argmax(dim=1) == test_y
     return {"acc1": rate(hits), "l2": l2, "hits": hits}

@@ -628,7 +628,7 @@ class MAECLIP(nn.Module):
             if "token" in name or "position" in name:  # CLS, mask tokens, embeddings, positions
                 nn.init.normal_(parameter, std=0.02, generator=generator)
             elif parameter.ndim > 1:  # the patch convolution counts as a matrix
-                nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)  # a view
+                nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)  # through a view
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             # Norms' weights stay 1, and the logit scale stays as it was made.
@@ -1046,7 +1046,8 @@ def bf16_speedup(width):
 
 
 def pick_device(config):
-    """-> the device of this process, and the autocast for its forward passes."""
+    """-> the device of this process, whose freed memory is kept from now on, and the autocast for
+    its forward passes."""
     keep_memory()
     name = config.device
     if name == "auto":
