@@ -34,7 +34,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -407,13 +406,14 @@ def encode_split(model, dataset, split):
     """One pass over a split -> Encoded."""
     device = next(model.parameters()).device
     pooled = []
+    embedded = []
     targets = []
     for images, part in image_batches(dataset, split, model.config.image_size):
         encoded = model.image_encoder(images.to(device))
         pooled.append(mae_clip.pool(encoded, model.config.pool))
+        embedded.append(model.image_feature(encoded))
         targets += part
-    pooled = torch.cat(pooled)
-    return Encoded(pooled.cpu(), model.project_image(pooled).cpu(), targets)
+    return Encoded(torch.cat(pooled).cpu(), torch.cat(embedded).cpu(), targets)
 
 
 def reconstructions(model, tokenizer, dataset, limit):
@@ -569,7 +569,7 @@ def attempt(what, function, *arguments):
 def misfit(task, model, dataset):
     """Why a task cannot be done with a model on a set, in a sentence; empty where it can."""
     method = model.config.method
-    if task in ("zero_shot", "retrieval") and not model.has_projections:
+    if task in ("zero_shot", "retrieval") and "contrastive" not in model.terms:
         return f"this {method} has no contrastive loss; use linear-probe, knn or reconstruct"
     if task == "reconstruction" and not model.has_decoder:
         return f"this {method} has no reconstruction loss, so no decoder to reconstruct"
@@ -739,9 +739,9 @@ def panels(config, found):
 def as_pictures(config, patches, side):
     """Patches (B,N,P*P*3) -> list of B Pillow images with `side` pixels a side."""
     size = config.image_size
-    pixels = mae_clip.unpatchify(patches, config.patch_size, size, size).permute(0, 2, 3, 1)
-    pixels = pixels * torch.tensor(mae_clip.IMAGE_STD) + torch.tensor(mae_clip.IMAGE_MEAN)
-    pixels = (pixels.clamp(0, 1) * 255).round().byte().numpy()
+    pixels = mae_clip.unpatchify(patches, config.patch_size, size, size)
+    pixels = pixels * mae_clip.IMAGE_STD + mae_clip.IMAGE_MEAN
+    pixels = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(each).resize((side, side), Image.Resampling.NEAREST) for each in pixels]
 
 
@@ -799,7 +799,7 @@ def draw_reconstructions(model, tokenizer, dataset, path, count=8):
 def forward_flops(model, batch):
     """Floating-point operations of a forward pass: 2 a multiply-add of a matrix product, nothing
     else, by PyTorch's counter."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         model(*batch)
     return counter.get_total_flops()
 

@@ -27,8 +27,8 @@ trunk encodes visible patches and visible tokens together. slip is pass 1 and tw
 that must find each other.
 
 Letters for shapes: B batch, N patches, T tokens, K kept, R removed, D width, E embedding, P patch
-side, V vocabulary, G rows of all ranks. In every mask True means removed. All down to the double
-line is the method and needs torch alone; below it stands its training.
+side, V vocabulary, G rows of all W ranks. In every mask True means removed. All down to the
+double line is the method and needs torch alone; below it stands its training.
 """
 
 import math
@@ -92,6 +92,10 @@ class ModelConfig:
     simclr_weight: float = 1.0  # of SimCLR's loss (SLIP: 1)
     accumulate: int = 1  # pieces to compute a batch in: less memory, same losses and gradient
 
+    def side(self):
+        """Patches a side."""
+        return self.image_size // self.patch_size
+
     def weights(self):
         """{term: weight} of the terms that are computed: the method's, where the weight is above
         0."""
@@ -106,8 +110,8 @@ class ModelConfig:
 
 # --- Patches and positions ------------------------------------------------------------------------
 
-IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as in MAE and SLIP
-IMAGE_STD = (0.229, 0.224, 0.225)
+IMAGE_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's, as in MAE and SLIP
+IMAGE_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 def normalise(images):
@@ -115,9 +119,8 @@ def normalise(images):
     are."""
     if images.dtype != torch.uint8:
         return images
-    statistics = torch.tensor([IMAGE_MEAN, IMAGE_STD], device=images.device)  # (2,3)
-    mean, std = statistics[:, :, None, None]  # each (3,1,1)
-    return (images.float() / 255 - mean) / std
+    device = images.device
+    return (images.float() / 255 - IMAGE_MEAN.to(device)) / IMAGE_STD.to(device)
 
 
 def patchify(images, patch):
@@ -203,9 +206,10 @@ def random_text_mask(noise, tokens, ratio):
     # How many stay, SOT and EOT included, is looked up by the number of tokens between them (0 to
     # T - 2) in a table made on the host, so that float32 rounding plays no part in it.
     stay = [2 + kept_count(length, ratio) for length in range(T - 1)]
-    # EOT at position `end` has end - 1 tokens between SOT and itself. SOT and EOT have places 0 and
-    # 1, so they stay; position < end keeps padding out of the mask.
-    mask = (place >= torch.tensor(stay, device=tokens.device)[end - 1]) & (position < end)
+    # EOT at position `end` has end - 1 tokens between SOT and itself.
+    stays = torch.tensor(stay, device=tokens.device)[end - 1]  # (B,1)
+    # SOT and EOT have places 0 and 1, so they stay; position < end keeps padding out of the mask.
+    mask = (place >= stays) & (position < end)
     # Removed tokens get the key 3, behind the padding, and fall off the end of what is kept: K is
     # what the longest caption keeps. Stable: SOT before EOT, padding in order.
     keep = order.masked_fill(mask, 3).argsort(dim=1, stable=True)[:, : stay[-1]]
@@ -306,11 +310,12 @@ class ImageEncoder(nn.Module):
         super().__init__()
         width = config.width
         patch = config.patch_size
-        side = config.image_size // patch
+        side = config.side()
         # A convolution for timm's name and shapes alone; forward multiplies by its weight.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        position = F.pad(sincos_2d(width, side, side), (0, 0, 1, 0))  # CLS has the row of zeros
+        # A row of zeros before the first: CLS has no position.
+        position = F.pad(sincos_2d(width, side, side), (0, 0, 1, 0))
         self.pos_embed = nn.Buffer(position[None])  # (1,1+N,D)
         self.blocks = make_blocks(width, config.heads, config.depth)
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -335,7 +340,8 @@ class ImageEncoder(nn.Module):
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B,1+K,D)
         real = None
         if text is not None:
-            real = F.pad(text_real, (x.shape[1], 0), value=True)  # patches are never padding
+            # As many True before it as there are CLS and patches, which are never padding.
+            real = F.pad(text_real, (x.shape[1], 0), value=True)
             x = torch.cat([x, text], dim=1)
         for block in self.blocks:
             x = block(x, real)
@@ -416,8 +422,8 @@ class Decoder(nn.Module):
         super().__init__()
         width = config.decoder_width
         if "image" in config.weights():
-            side = config.image_size // config.patch_size
-            position = nn.Buffer(sincos_2d(width, side, side)[None], persistent=False)
+            position = sincos_2d(width, config.side(), config.side())
+            position = nn.Buffer(position[None], persistent=False)
             self.image = Modality(config.width, width, config.patch_size**2 * 3, position)
         if "text" in config.weights():
             text_width = config.width if config.method == "m3ae" else config.text_width
@@ -438,9 +444,10 @@ class Decoder(nn.Module):
         if text is not None:
             parts.append(self.text.enter(encoded_text, text))
         x = torch.cat(parts, dim=1)  # (B,1+N+T,width)
-        real = None  # patches are never padding
+        real = None
         if text is not None:
-            real = F.pad(text.real, (x.shape[1] - text.real.shape[1], 0), value=True)
+            before = x.shape[1] - text.mask.shape[1]  # CLS and patches, which are never padding
+            real = F.pad(text.real, (before, 0), value=True)  # so many True before the text's
         for block in self.blocks:
             x = block(x, real)
         x = self.norm(x)
@@ -449,7 +456,7 @@ class Decoder(nn.Module):
         if image is not None:
             pixels = self.image.head(take(x[:, 1:], image.removed))
         if text is not None:
-            logits = self.text.head(take(x[:, -text.mask.shape[1] :], text.removed))
+            logits = self.text.head(take(x[:, before:], text.removed))
         return pixels, logits
 
 
@@ -480,7 +487,7 @@ def contrastive_loss(image_features, text_features, scale):
         own = own_rows(images)  # where this rank's pairs stand among those of all ranks
         image_to_text = F.cross_entropy(scale * images @ gather(texts).T, own)
         text_to_image = F.cross_entropy(scale * texts @ gather(images).T, own)
-    return mean_over_ranks((image_to_text + text_to_image) / 2)
+    return of_all_ranks((image_to_text + text_to_image) / 2).mean()
 
 
 def patch_targets(patches, normalise=True):
@@ -508,8 +515,8 @@ def text_error(logits, tokens):
 def masked_mean(errors, mask):
     """Mean of errors (...) where mask (...) is True, over all ranks -> 0-d; 0 where it is True
     nowhere."""
-    sums = torch.stack([errors.where(mask, 0).sum(), mask.sum()])  # the count becomes a float
-    total, count = gather(sums[None]).sum(dim=0)  # over all ranks, with gradient
+    total = of_all_ranks(errors.where(mask, 0).sum()).sum()
+    count = of_all_ranks(mask.sum()).sum()
     return total / count.clamp(min=1)
 
 
@@ -525,18 +532,21 @@ def simclr_loss(a, b, temperature=0.1):
         own = own_rows(views)
         logits = views @ gather(views).T / temperature  # (2B,2G)
         logits = logits.scatter(1, own.unsqueeze(1), -math.inf)  # no view is its own other one
-        loss = F.cross_entropy(logits, own ^ 1)  # own ^ 1: the other view, 2i <-> 2i + 1
-    return mean_over_ranks(loss)
+        other = own ^ 1  # the last bit flipped: 2i <-> 2i + 1
+        loss = F.cross_entropy(logits, other)
+    return of_all_ranks(loss).mean()
 
 
 # Why two GPUs give the loss and the gradient of one, if each has as many rows as the other.
-# Forward, every rank computes the same number, the loss of the whole batch: contrastive_loss and
+# Forward, every rank computes the same number, the loss L of the whole batch: contrastive_loss and
 # simclr_loss score their own rows against the rows of all ranks and take the mean over ranks,
 # masked_mean divides a sum over all ranks by a count over all ranks.
-# Backward, each of the W ranks differentiates that number L, and gather sends home to each row the
-# sum of what the W ranks found for it. So a rank's gradient is W times the part of L's gradient
-# that flows through its own rows. The ranks' gradients add up to W times that of one GPU with the
-# whole batch, and DistributedDataParallel takes their mean.
+# Backward, each of the W ranks differentiates its copy of L, and gather brings home to each row r
+# the sum of what the W ranks found for it, W dL/dr. What a rank w then has for a parameter p is
+#     g_w = sum over the rows r of rank w of W (dL/dr) (dr/dp),
+# and the mean over ranks, which DistributedDataParallel takes, is that of one GPU with all rows:
+#     (g_1 + ... + g_W) / W = sum over all rows r of (dL/dr) (dr/dp) = dL/dp.
+# The logit scale, of which every rank's part of the loss holds a copy, adds up in the same way.
 # All ranks must call a loss together. encode_image, encode_text and reconstruct call none of this.
 
 
@@ -560,9 +570,9 @@ def own_rows(x):
     return torch.arange(len(x), device=x.device) + rank * len(x)
 
 
-def mean_over_ranks(loss):
-    """0-d -> 0-d: the mean of what all ranks have."""
-    return gather(loss.view(1)).mean()
+def of_all_ranks(x):
+    """0-d -> (W,): the number that each of the W ranks has, with gradient."""
+    return gather(x.view(1))
 
 
 # --- The model ------------------------------------------------------------------------------------
@@ -599,8 +609,8 @@ class MAECLIP(nn.Module):
         super().__init__()
         self.config = config
         terms = config.weights()
+        self.terms = terms  # {term: weight} of what is computed
         self.one_trunk = config.method == "m3ae" and "text" in terms
-        self.has_projections = "contrastive" in terms
         self.has_decoder = "image" in terms or "text" in terms
         # First, so that it does not depend on the random numbers that the layers below draw.
         seed = torch.randint(2**31, (), device="cpu").item()
@@ -633,22 +643,23 @@ class MAECLIP(nn.Module):
                 nn.init.zeros_(parameter)
             # Norms' weights stay 1, and the logit scale stays as it was made.
 
-    def project_image(self, pooled):
-        """Pooled image (B,D) -> feature (B,E) of unit norm, float32 or wider; (B,D), of unit norm
-        too, where there is no projection."""
-        if self.has_projections:
-            pooled = self.image_proj(pooled)
-        return unit_norm(pooled)
+    def image_feature(self, encoded):
+        """Encoded image (B,1+K,D) -> (B,E) of unit norm, float32 or wider; (B,D), of unit norm too,
+        where there is no projection."""
+        feature = pool(encoded, self.config.pool)
+        if "contrastive" in self.terms:
+            feature = self.image_proj(feature)
+        return unit_norm(feature)
 
     def encode_image(self, images):
         """images (B,3,H,W), nothing removed -> (B,E) of unit norm; (B,D) where no contrastive loss
         is trained, as in mae and m3ae."""
-        return self.project_image(pool(self.image_encoder(images), self.config.pool))
+        return self.image_feature(self.image_encoder(images))
 
     def encode_text(self, tokens):
         """tokens (B,T), nothing removed -> (B,E) of unit norm, read at EOT; ValueError without
         contrastive loss."""
-        if not self.has_projections:
+        if "contrastive" not in self.terms:
             raise ValueError(
                 f"this {self.config.method} has no contrastive loss: it matches no texts"
             )
@@ -661,10 +672,10 @@ class MAECLIP(nn.Module):
         reconstruction has no weight has None for each. m3ae without image weight fails."""
         config = self.config
         image = text = encoded_image = encoded_text = None
-        if "image" in config.weights():
+        if "image" in self.terms:
             keep, mask = random_mask(image_noise, config.mask_ratio)
             image = record_mask(keep, mask, None)
-        if "text" in config.weights():
+        if "text" in self.terms:
             keep, mask = random_text_mask(text_noise, tokens, config.text_mask_ratio)
             text = record_mask(keep, mask, no_padding(tokens))
         if self.one_trunk:  # m3ae
@@ -696,7 +707,7 @@ class MAECLIP(nn.Module):
         if text is not None:
             outputs["text_error"] = text_error(logits, tokens.gather(1, text.removed))  # (B,R)
             outputs["text_counted"] = text.mask.gather(1, text.removed)  # False at spare ones
-        if self.has_projections:
+        if "contrastive" in self.terms:
             ratio = config.contrastive_mask_ratio
             if ratio == 0:
                 seen = self.image_encoder(images)
@@ -704,12 +715,12 @@ class MAECLIP(nn.Module):
                 seen = encoded_image  # one masked pass serves both losses
             else:
                 seen = self.image_encoder(images, random_mask(image_noise, ratio)[0])  # keep
-            outputs["image_features"] = self.project_image(pool(seen, config.pool))  # (B,E)
+            outputs["image_features"] = self.image_feature(seen)  # (B,E)
             outputs["text_features"] = self.encode_text(tokens)
-        if "simclr" in config.weights():
-            for name, view in zip(("first_views", "second_views"), views, strict=True):
-                encoded = self.image_encoder(view)
-                outputs[name] = self.simclr_head(pool(encoded, config.pool))
+        if "simclr" in self.terms:
+            encoded = self.image_encoder(torch.cat(views))  # (2B,1+N,D), the first views first
+            projected = self.simclr_head(pool(encoded, config.pool))
+            outputs["first_views"], outputs["second_views"] = projected.chunk(2)
         return outputs
 
     def losses(self, outputs):
@@ -725,9 +736,7 @@ class MAECLIP(nn.Module):
             losses["text"] = masked_mean(outputs["text_error"], outputs["text_counted"])
         if "first_views" in outputs:
             losses["simclr"] = simclr_loss(outputs["first_views"], outputs["second_views"])
-        losses["loss"] = sum(
-            weight * losses[term] for term, weight in self.config.weights().items()
-        )
+        losses["loss"] = sum(weight * losses[term] for term, weight in self.terms.items())
         return losses
 
     def forward(self, images, tokens, image_noise=None, text_noise=None, views=None):
@@ -751,9 +760,8 @@ class MAECLIP(nn.Module):
     def noise(self, images, tokens, image_noise, text_noise):
         """The noise that was given, drawn where it is None."""
         if image_noise is None:
-            image_noise = torch.rand(
-                len(images), self.image_encoder.pos_embed.shape[1] - 1, device=images.device
-            )
+            patches = self.config.side() ** 2
+            image_noise = torch.rand(len(images), patches, device=images.device)
         if text_noise is None:
             text_noise = torch.rand(tokens.shape, device=images.device)
         return image_noise, text_noise
@@ -860,13 +868,10 @@ class Config(ModelConfig):
             raise ValueError(
                 f"--patch-size {self.patch_size}: must divide {self.image_size} pixels"
             )
-        widths = {
-            "width": self.heads,
-            "text_width": self.text_heads,
-            "decoder_width": self.decoder_heads,
-        }
-        for name, heads in widths.items():
+        for tower in ("", "text_", "decoder_"):
+            name = tower + "width"
             width = getattr(self, name)
+            heads = getattr(self, tower + "heads")
             if width % heads or width % 4:
                 raise ValueError(f"{flag(name)} {width}: must be a multiple of 4 and {heads} heads")
         if self.weights().keys() <= {"text"}:  # text alone, or nothing
@@ -1227,7 +1232,7 @@ def training_batch(config, step, batch, device):
     takes its own."""
     rank, world = ranks()
     B, T = batch.tokens.shape
-    sizes = [(config.image_size // config.patch_size) ** 2, T, 12, 12]  # 12: see simclr_view
+    sizes = [config.side() ** 2, T, 12, 12]  # 12: see simclr_view
     generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {step}".encode()))
     noise = torch.rand(world * B, sum(sizes), generator=generator).chunk(world)[rank]
     inputs = [batch.images, batch.tokens, noise]
