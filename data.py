@@ -60,7 +60,7 @@ def cache_folder():
 def be_quiet(worker=0):
     """In a worker process: Ctrl-C is the parent's, and so are the cores, where it wants them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "nice"):  # Windows lacks it
+    with suppress(AttributeError):  # Windows has no nice
         os.nice(19)
 
 
@@ -207,27 +207,26 @@ def image_of(sample):
     return next((sample[field] for field in IMAGE_FIELDS if field in sample), None)
 
 
-def captioned(source):
-    """Yields (key, image bytes, captions) of a test set's shards, whose samples must be whole."""
+def whole_samples(source, labelled=False):
+    """Yields (key, image bytes, captions or, if labelled, class index) of a test set's shards, of
+    which no sample may lack one."""
     for sample in read_samples(source, strict=True):
         key = sample["__key__"]
         image = image_of(sample)
-        texts = captions(sample)
-        if not image or not texts:
-            raise DataError(f"{key}: in a test set every sample needs an image and a caption")
-        yield key, image, texts
-
-
-def labelled(folder, split):
-    """Yields (key, image bytes, label) of a split of a folder in CLIP_benchmark's layout."""
-    last = int(Path(folder, split, "nshards.txt").read_text()) - 1
-    for sample in read_samples(f"{folder}/{split}/{{0..{last}}}.tar", strict=True):
-        key = sample["__key__"]
-        image = image_of(sample)
         label = sample.get("cls", b"").strip()
-        if not image or not label.isdigit():
-            raise DataError(f"{folder}/{split}: {key}: no image, or no class index {label}")
-        yield key, image, int(label)
+        found = label.isdigit() if labelled else captions(sample)
+        if not image or not found:
+            raise DataError(
+                f"{key}: in a test set each sample needs an image and a caption, in a labelled "
+                f"one a class index in KEY.cls; found the fields {list(sample)[1:]}"
+            )
+        yield key, image, int(label) if labelled else found
+
+
+def split_shards(folder, split):
+    """The shards of a split of a folder in CLIP_benchmark's layout, as a source."""
+    last = int(Path(folder, split, "nshards.txt").read_text()) - 1
+    return f"{folder}/{split}/{{0..{last}}}.tar"
 
 
 # --- Images ---------------------------------------------------------------------------------------
@@ -336,7 +335,7 @@ class Tokenizer:
     def __init__(self, merges):
         """merges: pairs of ids, the n-th of which becomes id 259 + n."""
         self.merges = [tuple(pair) for pair in merges]
-        self.bytes = [b"", b"", b""] + [bytes([byte]) for byte in range(256)]  # of each id
+        self.bytes = 3 * [b""] + [bytes([byte]) for byte in range(256)]  # of each id
         self.new = {}  # pair -> its id
         self.cache = {}  # piece -> its ids
         for first, second in self.merges:
@@ -526,7 +525,6 @@ class LocalShards:
         self.identity = {
             "sizes": [os.path.getsize(shard) for shard in shards],
             "keys": hashlib.sha256(ascii(self.keys).encode()).hexdigest(),
-            "samples": loader.samples,
         }
 
     def sample(self, n):
@@ -598,8 +596,7 @@ class Work(IterableDataset):
         info = get_worker_info()
         steps = self.steps[info.id :: info.num_workers] if info else self.steps
         for samples, failed, position in self.loader.reader.read(steps):
-            batch = self.loader.make_batch(samples, failed)
-            yield batch, failed, position
+            yield self.loader.make_batch(samples, failed), failed, position
 
 
 @dataclass(eq=False)
@@ -668,7 +665,16 @@ class Loader:
         if self.stream:
             return f"{shards} streamed shards"
         count = len(self.reader.chosen)
-        return f"{count:,} samples, {len(self):,} batches an epoch, in {shards} shards"
+        words = f"{count:,} samples, {len(self):,} batches an epoch, in {shards} shards"
+        if self.tokenizer:
+            texts = islice(self.texts(), 1000)
+            lengths = [len(self.tokenizer.encode(text)) + 2 for text in texts]
+            cut = np.greater(lengths, self.context).mean()
+            words += (
+                f"; {cut:.1%} of captions are cut at --context {self.context} (of 99 % the length "
+                f"is at most {np.quantile(lengths, 0.99):.0f})"
+            )
+        return words
 
     def count(self, failed):
         """Counts what failed, (name, cause) each, and logs the first few."""
@@ -678,9 +684,9 @@ class Loader:
                 tqdm.write(f"skipped: {name!a}: {cause}", file=sys.stderr)
 
     def report(self):
-        """What was skipped, in one line; empty if nothing was."""
+        """What was skipped, in one line."""
         causes = [f"{number} x {cause}" for cause, number in self.bad.most_common()]
-        return f"skipped: {', '.join(causes)}" if causes else ""
+        return f"skipped: {', '.join(causes) or 'nothing'}"
 
     def texts(self):
         """Yields captions for the tokenizer: all, or those of a stream's first 200,000 samples."""
@@ -782,7 +788,7 @@ def simclr_view(images, noise):
 
 
 # --- Making and inspecting shards -----------------------------------------------------------------
-PATH_NAMES = ("path", "filepath", "image", "file_name")  # of columns
+PATH_NAMES = {"path", "filepath", "image", "file_name"}  # of columns
 TEXT_NAMES = ("caption", "text", "title")  # so may begin: caption_1, caption_2
 PACK_TEMPLATE = "a photo of a {c}"  # the caption of a class
 
@@ -799,7 +805,6 @@ def write_shard(job):
     arguments -> how many it yielded."""
     path, function, *arguments = job
     count = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, fields in function(*arguments):
             count += 1
@@ -812,16 +817,17 @@ def write_shard(job):
 
 
 def build(folder, texts, jobs):
-    """Makes a new folder of texts {path: lines} and of the shards of write_shard's jobs; it takes
-    its name when it is whole -> number of samples."""
+    """Makes a new folder of texts {path: lines} and, in their folders, of the shards of
+    write_shard's jobs; it takes its name when it is whole -> number of samples."""
     folder = Path(folder)
     part = Path(f"{folder}.{os.getpid()}.part")
     if folder.exists():
         raise DataError(f"{folder}: exists already; give a new folder")
     try:
         for path, lines in texts.items():
-            (part / path).parent.mkdir(parents=True, exist_ok=True)
-            (part / path).write_text("\n".join(lines), encoding="utf-8")
+            file = part / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("\n".join(lines), encoding="utf-8")
         count = sum(in_parallel(write_shard, [(part / path, *job) for path, *job in jobs]))
         if not count:
             raise DataError(f"{folder}: not made, since not one image could be read")
@@ -851,7 +857,7 @@ def read_table(source):
     except (csv.Error, UnicodeError) as error:
         raise DataError(f"{source}: no csv in UTF-8: {error}") from None
     header = [name.strip().lower() for name in rows[0]] if rows else []
-    if any(name in PATH_NAMES for name in header):
+    if PATH_NAMES.intersection(header):
         del rows[0]
     else:
         header = ["path", "caption"]
@@ -953,7 +959,7 @@ def inspect(source):
     first = list(islice(read_samples(source), 5))
     classes = any("cls" in sample for sample in first)  # then samples need no caption
     loader = Loader(source, 1, 1, None, 3, captions=not classes)
-    print(f"{loader.about()}; {loader.report() or 'nothing is wrong'}")
+    print(f"{loader.about()}; {loader.report()}")
     for sample in first:
         print(f"{sample['__key__']}: fields {list(sample)}, captions {captions(sample)}")
     return 1 if loader.bad else 0

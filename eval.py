@@ -297,8 +297,8 @@ class EvalSet:
     def samples(self, split):
         """-> iterator of (key, image bytes, class or list of captions)."""
         if self.classes:
-            return data.labelled(self.source, split)
-        return data.captioned(self.source)
+            return data.whole_samples(data.split_shards(self.source, split), labelled=True)
+        return data.whole_samples(self.source)
 
 
 def open_folder(folder):

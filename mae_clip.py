@@ -1258,7 +1258,11 @@ def announce(run, device, autocast):
         )
     print(f"method      {config.method}: {size:,} parameters, loss weights {config.weights()}")
     print(f"device      {device}, {precision}; {ranks()[1]} process(es)")
-    print(f"data        {run.loader.about()}, {config.image_size} px; from step {run.step:,}")
+    print(f"data        {run.loader.about()}; images at {config.image_size} px")
+    print(
+        f"steps       {run.step:,} to {config.steps:,}, the first {config.warmup:,} warm-up; "
+        f"learning rate now {learning_rate(run.step, config):.2g}"
+    )
 
 
 def log(run, rows, seconds, waited):
@@ -1288,8 +1292,9 @@ def log(run, rows, seconds, waited):
     if ranks()[0] == 0:
         with (Path(config.out) / "log.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
-        shown = "step contrastive image text simclr chance pairs_per_second waiting".split()
-        tqdm.write("  ".join(f"{name} {record[name]:.5g}" for name in shown if name in record))
+        terms = "  ".join(f"{name} {record[name]:.3f}" for name in config.weights())
+        speed = f"{record['pairs_per_second']:.0f} pairs/s  {record['waiting']:.0%} waiting"
+        tqdm.write(f"step {run.step:,}  {terms}  {speed}")
 
 
 def fit(run, net, device, autocast):
@@ -1369,7 +1374,7 @@ def train(config):
         announce(run, device, autocast)
     stopped = fit(run, net, device, autocast)
     if rank == 0:
-        print(loader.report() or "no sample was skipped")
+        print(loader.report())
         if run.step < config.steps:
             print(f"stopped and saved at step {run.step:,}; to go on add --resume to the command")
         else:

@@ -2486,7 +2486,23 @@ def test_a_truncated_tar_gives_its_whole_samples_and_the_loss_is_counted(tmp_pat
             assert sorted(keys_of(loader.epoch(0))) == found
             assert any("tar breaks off" in cause for cause in loader.bad)
     with pytest.raises(data.DataError, match="cut.tar: tar breaks off"):
-        list(data.captioned(str(path)))
+        list(data.whole_samples(str(path)))
+
+
+def test_a_loader_says_how_many_captions_are_cut_and_what_would_hold_nearly_all(tmp_path):
+    files = []
+    for n, length in enumerate([5, 14, 15, 20]):  # letters, each a token; SOT and EOT come to it
+        files += [(f"{n}.jpg", picture(seed=n)), (f"{n}.txt", b"a" * length)]
+    shard = tar_of(tmp_path / "x.tar", files)
+    wanted = round(np.quantile([7, 16, 17, 22], 0.99))
+    said = loader_of(shard).about()
+    assert (
+        f"50.0% of captions are cut at --context 16 (of 99 % the length is at most {wanted})"
+        in said
+    )
+    loader = loader_of(shard)
+    loader.tokenizer = None
+    assert "cut" not in loader.about()
 
 
 def test_a_command_that_fails_stops_the_run_and_its_secrets_are_not_printed(tmp_path):
@@ -2756,9 +2772,8 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
     assert (out / "classnames.txt").read_text().split() == ["cat", "dog"]
     labels = []
     for split in ("train", "test"):
-        for sample, (_, _, label) in zip(
-            packed(out, split), data.labelled(out, split), strict=True
-        ):
+        whole = data.whole_samples(data.split_shards(out, split), labelled=True)
+        for sample, (_, _, label) in zip(packed(out, split), whole, strict=True):
             name = origin(sample).parent.name
             assert name == ["cat", "dog"][label]
             assert data.captions(sample) == [f"a photo of a {name}"]
@@ -2843,7 +2858,8 @@ def test_the_built_in_scenes_are_the_same_for_a_seed_and_hide_the_unseen_classes
     assert len(unseen) == 8 and len({name.split()[0] for name in unseen}) == 8
     texts = list(loader_of(str(tmp_path / "a")).texts())
     assert len(texts) == 40 and not any(name in text for name in unseen for text in texts)
-    assert len(list(data.labelled(tmp_path / "a" / "objects", "test"))) == 10
+    source = data.split_shards(tmp_path / "a" / "objects", "test")
+    assert len(list(data.whole_samples(source, labelled=True))) == 10
 
 
 # --- Evaluation: functions of features ------------------------------------------------------------
@@ -3473,9 +3489,18 @@ def finished(request, tmp_path_factory, cache):
 
 
 def test_a_run_says_before_training_what_will_happen(finished):
-    for name in ("method", "device", "data"):
+    for name in ("method", "device", "data", "steps"):
         assert re.search(f"^{name} ", finished.said, re.MULTILINE), name
     assert finished.method in finished.said
+
+
+def test_lines_of_the_log_say_every_term_and_fit_80_columns(finished):
+    lines = re.findall("^step .*", finished.said, re.MULTILINE)
+    assert [line.split()[1] for line in lines] == ["10", "12"]
+    for line in lines:
+        assert len(line) <= 80 and "pairs/s" in line and "waiting" in line
+        for term in METHODS[finished.method]:
+            assert re.search(rf"  {term} \d+[.]\d{{3}}", line)
 
 
 def test_a_run_logs_every_term_and_figure_of_its_steps(finished):
