@@ -823,7 +823,7 @@ def benchmark(config, steps=10):
     if config.data:
         loader, config = mae_clip.open_data(config, None)
     model = mae_clip.MAECLIP(config).to(device)
-    net = mae_clip.compiled(model, config, device)
+    mae_clip.compile_blocks(model, config, device)
     optimizers = mae_clip.make_optimizers(model, config)
     B = config.batch_size
     images = torch.randint(256, (B, 3, config.image_size, config.image_size), dtype=torch.uint8)
@@ -832,7 +832,7 @@ def benchmark(config, steps=10):
 
     def step(batch=synthetic):
         inputs = mae_clip.training_batch(config, 0, batch, device)
-        mae_clip.train_step(net, optimizers, autocast, inputs)
+        mae_clip.train_step(model, optimizers, autocast, inputs)
 
     first = timed(step, 1, device)
     timed(step, 2, device)

@@ -77,7 +77,7 @@ class ModelConfig:
     text_depth: int = 1  # blocks of the text tower
     text_heads: int = 3  # attention heads of the text tower
     context: int = 16  # tokens a caption, SOT and EOT included
-    vocab_size: int = 512  # tokens that the tokenizer knows, at most
+    vocab_size: int = 512  # tokens that the tokenizer knows, at most; a file's has its own
     embed: int = 64  # width of the space that images and captions share
     decoder_width: int = 64  # of the decoder's tokens (MAE: 512)
     decoder_depth: int = 1  # blocks of the decoder (MAE: 8)
@@ -99,13 +99,8 @@ class ModelConfig:
     def weights(self):
         """{term: weight} of the terms that are computed: the method's, where the weight is above
         0."""
-        weights = {
-            "contrastive": self.contrastive_weight,
-            "image": self.image_weight,
-            "text": self.text_weight,
-            "simclr": self.simclr_weight,
-        }
-        return {term: weights[term] for term in METHODS[self.method] if weights[term] > 0}
+        weights = {term: getattr(self, f"{term}_weight") for term in METHODS[self.method]}
+        return {term: weight for term, weight in weights.items() if weight > 0}
 
 
 # --- Patches and positions ------------------------------------------------------------------------
@@ -179,8 +174,8 @@ def random_mask(noise, ratio):
 
 
 def caption_end(tokens):
-    """tokens (B,T) -> (B,1): where EOT stands. All after it is padding, whatever ids stand
-    there."""
+    """tokens (B,T), each with an EOT -> (B,1): where it stands. All after it is padding, whatever
+    ids stand there."""
     return (tokens == EOT).int().argmax(dim=1, keepdim=True)
 
 
@@ -191,7 +186,7 @@ def random_text_mask(noise, tokens, ratio):
     mask (B,T) bool, True where removed, which SOT, EOT and padding never are.
 
     For example, T = 16, ratio 0.75, a caption SOT a b c EOT and eleven times padding: of three
-    tokens one stays, of the longest caption's fourteen four. So K = 2 + 4, keep may be
+    tokens one stays, of the fourteen of a full caption four. So K = 2 + 4, keep may be
     [0, 4, 1, 5, 6, 7] (SOT, EOT, a, padding), and the mask is True at 2 and 3 (b, c).
     """
     T = tokens.shape[1]
@@ -210,8 +205,9 @@ def random_text_mask(noise, tokens, ratio):
     stays = torch.tensor(stay, device=tokens.device)[end - 1]  # (B,1)
     # SOT and EOT have places 0 and 1, so they stay; position < end keeps padding out of the mask.
     mask = (place >= stays) & (position < end)
-    # Removed tokens get the key 3, behind the padding, and fall off the end of what is kept: K is
-    # what the longest caption keeps. Stable: SOT before EOT, padding in order.
+    # Removed tokens get the key 3, behind the padding, and fall off the end of what is kept, which
+    # is stay[-1] positions, as many as a full caption keeps. Stable: SOT before EOT, padding in
+    # order.
     keep = order.masked_fill(mask, 3).argsort(dim=1, stable=True)[:, : stay[-1]]
     return keep, mask
 
@@ -219,8 +215,8 @@ def random_text_mask(noise, tokens, ratio):
 class Masked(NamedTuple):
     """What the masked pass knows of one modality (N stands for patches or tokens).
 
-    The R = N - K slots of `removed` are as many as the longest caption loses. A shorter one loses
-    fewer: its last slots are spare, and name positions that were kept or are padding.
+    The R = N - K slots of `removed` are as many as a full caption loses. A shorter one loses fewer:
+    its last slots are spare, and name positions that were kept or are padding.
     """
 
     keep: torch.Tensor  # (B,K) positions that the encoder sees
@@ -231,7 +227,7 @@ class Masked(NamedTuple):
 
 def record_mask(keep, mask, real):
     """keep (B,K), mask (B,N), real (B,N) or None -> Masked. All of a sample's removed positions
-    fit into its R slots, since a shorter caption loses no more tokens than the longest one."""
+    fit into its R slots, since a shorter caption loses no more tokens than a full one."""
     slots = mask.shape[1] - keep.shape[1]
     # Sorted like this, positions where the mask is True come first.
     removed = mask.int().argsort(dim=1, descending=True, stable=True)[:, :slots]
@@ -312,6 +308,7 @@ class ImageEncoder(nn.Module):
         patch = config.patch_size
         side = config.side()
         # A convolution for timm's name and shapes alone; forward multiplies by its weight.
+        self.patch_size = patch
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         # A row of zeros before the first: CLS has no position.
@@ -328,7 +325,7 @@ class ImageEncoder(nn.Module):
         where they are padding -> (B,1+K+M,D).
         """
         proj = self.patch_embed["proj"]
-        x = patchify(normalise(images), proj.stride[0])  # (B,N,P*P*3); the stride is P
+        x = patchify(normalise(images), self.patch_size)  # (B,N,P*P*3)
         position = self.pos_embed[:, 1:]
         if keep is not None:  # here a removed patch leaves, before it is projected
             x = take(x, keep)  # (B,K,P*P*3)
@@ -443,7 +440,7 @@ class Decoder(nn.Module):
             parts.append(self.image.enter(encoded_image[:, 1:], image))
         if text is not None:
             parts.append(self.text.enter(encoded_text, text))
-        x = torch.cat(parts, dim=1)  # (B,1+N+T,width)
+        x = torch.cat(parts, dim=1)  # (B,1+N+T,width) where nothing is left out
         real = None
         if text is not None:
             before = x.shape[1] - text.mask.shape[1]  # CLS and patches, which are never padding
@@ -451,7 +448,7 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x, real)
         x = self.norm(x)
-        # Heads see the removed positions alone: a whole vocabulary for each is dear.
+        # Heads see the R removed positions alone: a whole vocabulary for each of T is dear.
         pixels = logits = None
         if image is not None:
             pixels = self.image.head(take(x[:, 1:], image.removed))
@@ -487,6 +484,7 @@ def contrastive_loss(image_features, text_features, scale):
         own = own_rows(images)  # where this rank's pairs stand among those of all ranks
         image_to_text = F.cross_entropy(scale * images @ gather(texts).T, own)
         text_to_image = F.cross_entropy(scale * texts @ gather(images).T, own)
+    # That two GPUs give one GPU's loss and gradient is shown below, before `gather`.
     return of_all_ranks((image_to_text + text_to_image) / 2).mean()
 
 
@@ -524,11 +522,11 @@ def simclr_loss(a, b, temperature=0.1):
     """NT-Xent (SimCLR): among the 2G views of all ranks' images each must find the other of its
     image.
 
-    a, b (B,E): features of the first and the second views, normalised here -> 0-d.
+    a, b (B,any): features of the first and the second views, normalised here -> 0-d.
     """
     with torch.autocast(a.device.type, enabled=False):
         # Views 2i and 2i + 1 are of one image.
-        views = unit_norm(torch.stack([a, b], dim=1).flatten(0, 1))  # (2B,E)
+        views = unit_norm(torch.stack([a, b], dim=1).flatten(0, 1))  # (2B,any)
         own = own_rows(views)
         logits = views @ gather(views).T / temperature  # (2B,2G)
         logits = logits.scatter(1, own.unsqueeze(1), -math.inf)  # no view is its own other one
@@ -542,7 +540,9 @@ def simclr_loss(a, b, temperature=0.1):
 # simclr_loss score their own rows against the rows of all ranks and take the mean over ranks,
 # masked_mean divides a sum over all ranks by a count over all ranks.
 # Backward, each of the W ranks differentiates its copy of L, and gather brings home to each row r
-# the sum of what the W ranks found for it, W dL/dr. What a rank w then has for a parameter p is
+# the sum of what the W ranks found for it, W dL/dr. (of_all_ranks is a gather too: so the rows that
+# a rank uses directly, as in `images @ ...`, get the factor W as well.) What a rank w then has for
+# a parameter p is
 #     g_w = sum over the rows r of rank w of W (dL/dr) (dr/dp),
 # and the mean over ranks, which DistributedDataParallel takes, is that of one GPU with all rows:
 #     (g_1 + ... + g_W) / W = sum over all rows r of (dL/dr) (dr/dp) = dL/dp.
@@ -550,17 +550,17 @@ def simclr_loss(a, b, temperature=0.1):
 # All ranks must call a loss together. encode_image, encode_text and reconstruct call none of this.
 
 
-# torch 2.13 renamed this function, and warns where the old name is called.
-all_gather = getattr(
-    collectives, "all_gather_single_autograd", collectives.all_gather_tensor_autograd
-)
+# torch 2.13 renamed this function.
+all_gather = getattr(collectives, "all_gather_single_autograd", None)
+all_gather = all_gather or collectives.all_gather_tensor_autograd
 
 
 def gather(x):
     """(B,...) -> (G,...): the rows of all ranks, in their order, with gradient."""
     if not dist.is_initialized():
         return x
-    # chunk's backward pass is a cat, whose result is contiguous, as torch before 2.13 requires.
+    # chunk does nothing here, but its backward pass is a cat, whose result is contiguous, as
+    # all_gather needs it before torch 2.13.
     return all_gather(x, 0, dist.group.WORLD).chunk(1)[0]
 
 
@@ -631,14 +631,14 @@ class MAECLIP(nn.Module):
         self.initialise(seed)
 
     def initialise(self, seed):
-        """Draws weights as MAE does, each by the seed and its own name: shared parts start
+        """Draws weights much as MAE does, each by the seed and its own name: shared parts start
         alike."""
         for name, parameter in self.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             if "token" in name or "position" in name:  # CLS, mask tokens, embeddings, positions
                 nn.init.normal_(parameter, std=0.02, generator=generator)
             elif parameter.ndim > 1:  # the patch convolution counts as a matrix
-                nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)  # through a view
+                nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)  # a view
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             # Norms' weights stay 1, and the logit scale stays as it was made.
@@ -714,7 +714,8 @@ class MAECLIP(nn.Module):
             elif image is not None and ratio == config.mask_ratio:
                 seen = encoded_image  # one masked pass serves both losses
             else:
-                seen = self.image_encoder(images, random_mask(image_noise, ratio)[0])  # keep
+                keep, _ = random_mask(image_noise, ratio)
+                seen = self.image_encoder(images, keep)
             outputs["image_features"] = self.image_feature(seen)  # (B,E)
             outputs["text_features"] = self.encode_text(tokens)
         if "simclr" in self.terms:
@@ -974,8 +975,8 @@ class Muon(torch.optim.Optimizer):
             momentum.lerp_(gradient, 0.05)  # 0.95 of the momentum, 0.05 of the gradient
             # Nesterov's look ahead: 0.05 of the gradient, 0.95 of the new momentum.
             direction = orthogonalise(gradient.lerp(momentum, 0.95))
-            # An orthogonal matrix has entries of 1 / sqrt(longer side), AdamW's step about 0.2
-            # each.
+            # Entries of an orthogonal matrix are 1 / sqrt(longer side) in the root mean square,
+            # those of AdamW's step about 0.2.
             size = 0.2 * max(parameter.shape) ** 0.5
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.sub_(direction, alpha=group["lr"] * size)
@@ -1001,7 +1002,7 @@ def make_optimizers(model, config):
         if parameter.ndim == 1 or not name.endswith("weight"):
             no_decay.append(parameter)  # biases, norms, tokens, positions, the logit scale
         elif parameter.ndim == 2 and "token" not in name and config.optimizer == "muon":
-            matrices.append(parameter)
+            matrices.append(parameter)  # of linear layers; "token" is the token embedding
         else:
             others.append(parameter)
     decay = config.weight_decay
@@ -1051,8 +1052,8 @@ def bf16_speedup(width):
 
 
 def pick_device(config):
-    """-> the device of this process, whose freed memory is kept from now on, and the autocast for
-    its forward passes."""
+    """-> the device of this process and the autocast for its forward passes. From now on glibc
+    keeps freed memory, and new CUDA memory lies on that device."""
     keep_memory()
     name = config.device
     if name == "auto":
@@ -1063,6 +1064,8 @@ def pick_device(config):
         device = torch.empty(0, device=name).device  # raises where there is no such device
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"--device {name}: not to be had here ({one_line(error)})") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     bf16 = config.precision == "bf16"
     if config.precision == "auto":
         bf16 = device.type == "cuda"
@@ -1071,15 +1074,13 @@ def pick_device(config):
     return device, torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
-def compiled(model, config, device):
-    """The model, its blocks compiled where --compile says so; by default on CUDA, if it is
-    large."""
+def compile_blocks(model, config, device):
+    """Compiles the model's blocks where --compile says so; by default on CUDA, if it is large."""
     if config.compile or (config.compile is None and device.type == "cuda" and config.width > 256):
         # A whole graph takes minutes to compile; blocks of one shape share theirs.
         for module in model.modules():
             if isinstance(module, Block):
                 module.compile(dynamic=False)
-    return model
 
 
 def keep_memory():
@@ -1111,7 +1112,7 @@ class Run:
     optimizers: list
     loader: Loader
     step: int = 0
-    seconds: float = 0.0  # of training, over all sittings, up to each one's last line of the log
+    seconds: float = 0.0  # of training, in all sittings; added up at each line of the log
 
 
 def checkpoints(out):
@@ -1133,8 +1134,9 @@ def save_checkpoint(run):
         "position": run.loader.position,
         "merges": run.loader.tokenizer and run.loader.tokenizer.merges,
     }
-    torch.save(state, out / "checkpoint.part")
-    (out / "checkpoint.part").replace(out / f"checkpoint-{run.step}.pt")
+    part = out / "checkpoint.part"
+    torch.save(state, part)
+    part.replace(out / f"checkpoint-{run.step}.pt")
     for old in checkpoints(out)[2:]:
         old.unlink()
 
@@ -1186,8 +1188,8 @@ def open_run(config):
 
 
 def open_data(config, state):
-    """state: what open_run found -> the training Loader with its tokenizer, and the config with
-    its data, eval_data and vocab_size filled in."""
+    """state: what open_run found -> the training Loader with its tokenizer, and the config: of the
+    built-in data with data and eval_data filled in, with the tokenizer's vocab_size."""
     rank, world = ranks()
     if config.batch_size % world:
         raise DataError(
@@ -1232,7 +1234,7 @@ def training_batch(config, step, batch, device):
     takes its own."""
     rank, world = ranks()
     B, T = batch.tokens.shape
-    sizes = [config.side() ** 2, T, 12, 12]  # 12: see simclr_view
+    sizes = [config.side() ** 2, T, 12, 12]  # 12 for each of slip's two views
     generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {step}".encode()))
     noise = torch.rand(world * B, sum(sizes), generator=generator).chunk(world)[rank]
     inputs = [batch.images, batch.tokens, noise]
@@ -1261,25 +1263,27 @@ def announce(run, device, autocast):
     print(f"data        {run.loader.about()}; images at {config.image_size} px")
     print(
         f"steps       {run.step:,} to {config.steps:,}, the first {config.warmup:,} warm-up; "
-        f"learning rate now {learning_rate(run.step, config):.2g}"
+        f"learning rate now {learning_rate(run.step, config):.2g}; "
+        f"by chance a contrastive loss is {math.log(config.batch_size):.3f}"
     )
 
 
 def log(run, rows, seconds, waited):
     """Writes and shows a record of the last steps: means of their rows from train_step, where these
-    are finite, and rates; DataError where none is."""
+    are finite, and rates -> True. Where not one is finite: None, or DataError from ten steps on."""
     config = run.config
     good = [row for row in rows if row is not None]
     if not good:
-        raise DataError(f"step {run.step}: no loss since the last line was finite; lower --lr")
+        if len(rows) < 10:  # too few to judge by: the next line is of these steps, too
+            return
+        raise DataError(f"step {run.step}: no loss of {len(rows)} steps was finite; lower --lr")
     means = torch.stack(good).mean(dim=0).tolist()
     record = {
         "step": run.step,
         "epoch": run.loader.epochs(run.step),
         "pairs": run.step * config.batch_size,
-        **dict(
-            zip([*config.weights(), "loss", "grad_norm"], means, strict=True)
-        ),  # train_step's order
+        # In the order of MAECLIP.losses, which is that of METHODS; train_step adds the last.
+        **dict(zip([*config.weights(), "loss", "grad_norm"], means, strict=True)),
         "lr": learning_rate(run.step - 1, config),
         "skipped": len(rows) - len(good),
         "pairs_per_second": len(rows) * config.batch_size / seconds,
@@ -1287,18 +1291,19 @@ def log(run, rows, seconds, waited):
         "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
     if "contrastive" in record:
-        record["chance"] = math.log(config.batch_size)  # the loss of a model that knows nothing
         record["scale"] = run.model.logit_scale.exp().item()
     if ranks()[0] == 0:
-        with (Path(config.out) / "log.jsonl").open("a") as file:
+        with open(f"{config.out}/log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
         terms = "  ".join(f"{name} {record[name]:.3f}" for name in config.weights())
         speed = f"{record['pairs_per_second']:.0f} pairs/s  {record['waiting']:.0%} waiting"
         tqdm.write(f"step {run.step:,}  {terms}  {speed}")
+    return True
 
 
 def fit(run, net, device, autocast):
-    """Trains to --steps or --stop-after -> the number of the signal that came meanwhile, or 0."""
+    """Trains to --steps or --stop-after -> the number of the signal that stopped it before, or
+    0."""
     config = run.config
     rank, world = ranks()
     last = min(config.steps, config.stop_after or config.steps)
@@ -1308,8 +1313,8 @@ def fit(run, net, device, autocast):
         previous[number] = signal.signal(number, lambda came, _: signals.append(came))
     # None: shown where stderr is a terminal.
     bar = tqdm(total=config.steps, initial=run.step, disable=rank > 0 or None)
-    # batches() counts a stream's shards, which `position` does too, or local shards' steps; there
-    # the position is 0.
+    # batches() counts a stream's shards, as `position` does, or steps: of local shards, whose
+    # position is always 0.
     batches = run.loader.batches(run.loader.position or run.step)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
     try:
@@ -1329,9 +1334,9 @@ def fit(run, net, device, autocast):
             logging = run.step % config.log_every == 0
             if logging or run.step == last:
                 seconds = time.time() - since
-                run.seconds += seconds
-                log(run, rows, seconds, waited)
-                since, waited, rows = time.time(), 0.0, []
+                if log(run, rows, seconds, waited):
+                    run.seconds += seconds
+                    since, waited, rows = time.time(), 0.0, []
             # Several processes must stop at the same step; to agree on it at each would cost time.
             if run.step < last and (logging or world == 1):
                 stopped = int(gather(torch.tensor([max(signals)], device=device)).max())
@@ -1367,7 +1372,7 @@ def train(config):
         run.step = state["step"]
         run.seconds = state["seconds"]
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    net = compiled(net, config, device)
+    compile_blocks(model, config, device)
     out = Path(config.out)
     if rank == 0:
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
@@ -1422,8 +1427,8 @@ def parse(argv=None):
 
 
 def main(argv=None):
-    """Runs the command line: exit code 0 when done, 2 where what was given (or a file, or the disk)
-    does not work, 128 + n when signal n ended it."""
+    """Runs the command line: exit code 0 when done, 2 where what was given (or a file) does not
+    work, 128 + n when signal n ended it."""
     try:
         sys.exit(train(parse(argv)))
     except KeyboardInterrupt:
@@ -1434,7 +1439,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # eval.py imports this file as mae_clip. Were main run here, each class would exist twice.
+    # eval.py imports this file as mae_clip: its classes are used here, too, and no second ones.
     from mae_clip import main
 
     main()

@@ -70,7 +70,7 @@ def main():
     device, autocast = mae_clip.pick_device(config)
     mae_clip.keep_memory()
     model = mae_clip.MAECLIP(config).to(device)
-    net = mae_clip.compiled(model, config, device)
+    mae_clip.compile_blocks(model, config, device)
     optimizers = mae_clip.make_optimizers(model, config)
     B = config.batch_size
     images = torch.randint(256, (B, 3, config.image_size, config.image_size), dtype=torch.uint8)
@@ -83,7 +83,7 @@ def main():
         theirs.append((peer, torch.optim.AdamW(peer.parameters(), 1e-5, fused=True)))
 
     def our_step():
-        mae_clip.train_step(net, optimizers, autocast, batch)
+        mae_clip.train_step(model, optimizers, autocast, batch)
 
     def their_steps():
         for peer, optimizer in theirs:
