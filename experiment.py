@@ -3,7 +3,8 @@
     python eval.py experiment                            clip and mae_clip on the built-in scenes
     python eval.py experiment --quick                    an hour's worth of it
     python eval.py experiment --csv docs/experiment.csv  uses the runs that this table holds
-    python eval.py experiment --scale base --data SHARDS --eval-data SETS --samples 100000,1000000
+    python eval.py experiment --scale base --accumulate 16 --data SHARDS --eval-data SETS \\
+        --samples 100000,1000000
 
 Runs mae_clip.py once for each arm, number of unique pairs, pooling and seed. An arm is a method, or
 a method with flags of its own: clip@steps=900@lr=0.01. All flags that are not listed below are
@@ -146,7 +147,7 @@ def launch(slot, jobs):
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
     if count:
         flags = []
-        cards = cards[slot % count :: jobs]
+        cards = cards[slot % count :: jobs][: max(1, count // jobs)]  # for all runs as many
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(cards)
         if len(cards) > 1:
             launcher = "-m torch.distributed.run --standalone --nproc-per-node"
@@ -158,6 +159,14 @@ class Runner:
     """Makes the runs that are missing, `jobs` at a time."""
 
     def __init__(self, out, flags, jobs):
+        """Waits where another sitting, or a run that it left behind, is at work in the folder."""
+        self.lock = (out / "lock").open("a+")
+        if fcntl:
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                say(f"waits until another sitting in {out}, or runs that it left, are done")
+                fcntl.flock(self.lock, fcntl.LOCK_EX)
         self.out = out
         self.flags = flags
         self.jobs = jobs
@@ -176,13 +185,12 @@ class Runner:
         command = [*command, *run_flags(key, self.flags), "--out", str(folder), "--resume"]
         try:
             with open(f"{folder}.log", "a", encoding="utf-8") as log:
-                if fcntl:
-                    # The run inherits the lock. Should it outlive this program, the next one waits.
-                    fcntl.flock(log, fcntl.LOCK_EX)
                 if self.stopped:
                     raise DataError(f"{folder}: not begun")
+                before = log.tell()
+                # The lock, an empty file, is its stdin: a run that outlives this program holds it.
                 process = subprocess.Popen(
-                    command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
+                    command, stdout=log, stderr=log, stdin=self.lock, env=environment
                 )
                 self.running.add(process)
                 code = process.wait()
@@ -190,9 +198,9 @@ class Runner:
         finally:
             self.slots.put(slot)
         if code:
-            said = Path(log.name).read_text(encoding="utf-8", errors="replace")
+            said = Path(log.name).read_bytes()[before:].decode(errors="replace")
             errors = re.findall(".*[Ee]rror:.*", said) or [""]
-            raise DataError(f"exit code {code}: {errors[-1]}; see {log.name}")
+            raise DataError(f"exit code {code}: {errors[0]}; see {log.name}")
         return make_row(key, self.flags, json.loads((folder / "results.json").read_text()))
 
     def stop(self):
@@ -207,12 +215,13 @@ class Runner:
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 runs = {pool.submit(self.run, key): key for key in keys}
-                for done in tqdm(as_completed(runs), "runs", total=len(runs), disable=None):
+                bar = tqdm(as_completed(runs), total=len(runs), disable=None)
+                for count, done in enumerate(bar, 1):
                     key = runs[done]
                     try:
                         rows[key] = done.result()
                         write_rows(self.out / "experiment.csv", rows)
-                        say(f"done: {' '.join(key)}, {rows[key]['seconds']} s of training")
+                        say(f"{count} of {len(runs)} done: {' '.join(key)}")
                     except Exception as error:  # one run's trouble; the others go on
                         failed += 1
                         say(f"failed: {' '.join(key)}: {error}")
@@ -235,9 +244,7 @@ def student_t(freedom):
 
 
 def interval(values):
-    """Numbers, one a seed -> their mean and half of its 95 % interval; NaN for a single one."""
-    if len(values) < 2:
-        return mean(values), math.nan
+    """Numbers, one for each of two seeds or more -> their mean and half of its 95 % interval."""
     return mean(values), student_t(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
@@ -245,7 +252,7 @@ def by_seed(rows, measure, arm, samples, pool):
     """{seed: per cent} of the runs that have the measure."""
     found = {}
     for key, row in rows.items():
-        if key[:3] == (arm, samples, pool) and row.get(measure, "") not in ("", "nan"):
+        if key[:3] == (arm, samples, pool) and row.get(measure) not in (None, "", "nan"):
             found[key[3]] = 100 * float(row[measure])
     return found
 
@@ -281,11 +288,11 @@ def make_table(rows, arms, style):
                     leads = gain(rows, measure, arms[1], other, samples, pool)
                     cells.append("-")
                     if leads:
-                        middle, half = interval(leads)
                         ends = ""
                         if len(leads) > 1:
+                            middle, half = interval(leads)
                             ends = f" [{middle - half:+.1f}, {middle + half:+.1f}]"
-                        cells[-1] = f"{middle:+.1f}{ends} ({len(leads)})"
+                        cells[-1] = f"{mean(leads):+.1f}{ends} ({len(leads)})"
                 if set(cells) != {"-"}:
                     table.append([title, f"{int(samples):,}", pool, *cells])
     return format_table(table, style)
@@ -373,10 +380,10 @@ def ticks(low, high):
     return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
 
 
-def draw_panel(drawing, left, title, amounts, lines, always):
-    """One panel, 150 points wide, whose vertical axis holds the numbers `always`. lines: (name,
+def draw_panel(drawing, left, title, unit, amounts, lines, always):
+    """One panel, 108 points wide; its vertical axis holds the numbers `always`. lines: (name,
     number of its pooling, number of its arm, [(unique pairs, value, half of its interval)])."""
-    top, bottom, right = 24, 130, left + 150
+    top, bottom, right = 34, 140, left + 108
     ends = [*always]
     for *_, points in lines:
         for _, value, half in points:
@@ -386,11 +393,12 @@ def draw_panel(drawing, left, title, amounts, lines, always):
     low, high = low - margin, high + margin
     decades = math.log(amounts[-1] / amounts[0]) or 1.0  # 1: a single amount
 
-    def place(pairs, value):
-        x = left + 8 + 134 * math.log(pairs / amounts[0]) / decades
+    def place(pairs, value, pool=1):  # poolings stand a little beside each other
+        x = left + 6 + 2 * pool + 92 * math.log(pairs / amounts[0]) / decades
         return x, bottom - (bottom - top) * (value - low) / (high - low)
 
-    drawing.words(left - 20, 14, title)
+    drawing.words(left - 24, 10, title)
+    drawing.words(left - 24, 21, unit)
     for value in ticks(low, high):
         _, y = place(amounts[0], value)
         zero = abs(value) < 1e-9
@@ -402,18 +410,19 @@ def draw_panel(drawing, left, title, amounts, lines, always):
         short = f"{pairs / 1e6:g}M" if pairs >= 1e6 else f"{pairs / 1e3:g}k"
         drawing.words(x, bottom + 12, short, "middle")
     drawing.words((left + right) / 2, bottom + 23, "unique pairs (log scale)", "middle")
+    for _, pool, _, points in lines:  # bands first, so that they hide nothing
+        band = [place(pairs, value + half, pool) for pairs, value, half in points]
+        band += [place(pairs, value - half, pool) for pairs, value, half in reversed(points)]
+        drawing.area(band, COLOURS[pool % 3], 0.12)
+        drawing.line(band, COLOURS[pool % 3], 0.3)
     for row, (name, pool, arm, points) in enumerate(lines):
         y = bottom + 38 + 11 * row
         marker(drawing, left, y - 3, pool, arm)
         drawing.words(left + 8, y, name)
-        if len(points) > 1:
-            band = [place(pairs, value + half) for pairs, value, half in points]
-            band += [place(pairs, value - half) for pairs, value, half in reversed(points)]
-            drawing.area(band, COLOURS[pool % 3], 0.15)
-            middle = [place(pairs, value) for pairs, value, _ in points]
-            drawing.line(middle, COLOURS[pool % 3], 1.2)
-        for pairs, value, _ in points:
-            marker(drawing, *place(pairs, value), pool, arm)
+        places = [place(pairs, value, pool) for pairs, value, _ in points]
+        drawing.line(places, COLOURS[pool % 3], 1.2)
+        for x, y in places:
+            marker(drawing, x, y, pool, arm)
 
 
 def draw_figure(rows, arms):
@@ -432,18 +441,18 @@ def draw_figure(rows, arms):
                     lead = gain(rows, measure, arms[1], arm, str(samples), pool)
                     if score:
                         means.append((samples, mean(score), 0.0))
-                    if lead and arm != arms[1]:
-                        middle, half = interval(lead)
-                        leads.append((samples, middle, 0.0 if math.isnan(half) else half))
+                    if len(lead) > 1 and arm != arms[1]:
+                        leads.append((samples, *interval(lead)))
                 signs = (pool_number, arm_number)
                 if means:
                     scores.append((f"{arm}, {pool}", *signs, means))
                 if leads:
                     gains.append((f"over {arm}, {pool}", *signs, leads))
         if gains:
-            drawing = Drawing(400, 170 + 11 * len(scores))
-            draw_panel(drawing, 34, f"gain of {arms[1]}, points", amounts, gains, [0.0])
-            draw_panel(drawing, 236, f"{title}, %", amounts, scores, [])
+            drawing = Drawing(300, 182 + 11 * len(scores))
+            unit = f"{arms[1]}, points (95 % band)"
+            draw_panel(drawing, 30, f"{title}: gain of", unit, amounts, gains, [0.0])
+            draw_panel(drawing, 184, f"{title},", "per cent", amounts, scores, [])
             return drawing
     return None
 
@@ -519,8 +528,13 @@ def run(argv):
                 wanted += [(arm, samples, pool, seed) for arm in args.method]
     for key in wanted:
         check(key, flags)
+    config = mae_clip.parse(flags)
+    # What `auto` means on this machine is written down: rows of other machines may differ in it.
+    _, autocast = mae_clip.pick_device(config)
+    flags += ["--precision", "bf16" if autocast._enabled else "fp32"]
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    runner = Runner(out, flags, args.jobs)
     own = out / "experiment.csv"
     tables = [*args.csv]
     if own.exists():
@@ -530,7 +544,9 @@ def run(argv):
         rows |= read_rows(path, args.method, flags)
     missing = [key for key in wanted if key not in rows]
     say(f"{len(wanted)} runs, {len(missing)} of them still to be made, {args.jobs} at a time")
-    failed = Runner(out, flags, args.jobs).run_all(missing, rows)
+    if missing and not config.data:
+        data.builtin(config.scenes, config.data_seed)  # lest each run draws them
+    failed = runner.run_all(missing, rows)
     write_rows(own, rows)
     table = make_table(rows, args.method, "markdown")
     (out / "experiment.md").write_text(table + "\n", encoding="utf-8")

@@ -1398,6 +1398,7 @@ def train(config):
 # --- The command line -----------------------------------------------------------------------------
 
 
+@cache
 def comments(kind):
     """{field: the comment beside it}, so that --help says what a reader of the class sees: each
     field on a line, its comment after two spaces."""

@@ -5,7 +5,6 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import fcntl
 import importlib.util
 import io
 import itertools
@@ -3870,8 +3869,6 @@ def test_students_t_is_that_of_the_printed_tables(freedom, t):
 def test_an_interval_is_the_hand_worked_one():
     # Mean 2, standard deviation 1, three values: half an interval is 4.303 / sqrt(3).
     assert experiment.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2.484), abs=1e-3)
-    middle, half = experiment.interval([5.0])
-    assert middle == 5 and math.isnan(half)
 
 
 def test_a_gain_is_paired_by_seed_and_takes_the_seeds_that_both_have():
@@ -3977,18 +3974,46 @@ def test_an_experiment_that_is_interrupted_ends_its_runs_and_goes_on_with_them(
     assert len((tmp_path / "experiment.csv").read_text().splitlines()) == 1 + 12
 
 
-def test_a_run_waits_for_one_that_outlived_its_experiment(stand_in, tmp_path):
-    name = tmp_path / "clip-1000-gap-1"
-    with open(f"{name}.log", "a") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-        runner = experiment.Runner(tmp_path, ["--scale", "tiny"], 1)
-        thread = threading.Thread(target=runner.run, args=[("clip", "1000", "gap", "1")])
-        thread.start()
-        thread.join(timeout=0.5)
-        assert thread.is_alive() and not name.exists()
-        fcntl.flock(log, fcntl.LOCK_UN)
-    thread.join()
-    assert (name / "results.json").exists()
+def test_a_sitting_waits_for_another_in_its_folder_and_for_runs_that_one_left_behind(
+    stand_in, tmp_path, capsys
+):
+    folder = tmp_path / "clip-1000-gap-1"
+
+    def sit():
+        experiment.Runner(tmp_path, ["--scale", "tiny"], 1).run(("clip", "1000", "gap", "1"))
+
+    first = experiment.Runner(tmp_path, ["--scale", "tiny"], 1)
+    left_behind = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[first.lock.fileno()])
+    second = threading.Thread(target=sit)
+    second.start()
+    second.join(timeout=0.3)
+    assert second.is_alive() and "waits until another sitting" in capsys.readouterr().err
+    first.lock.close()  # the first sitting is killed; its run goes on
+    second.join(timeout=0.3)
+    assert second.is_alive() and not folder.exists()
+    left_behind.communicate()
+    second.join()
+    assert (folder / "results.json").exists()
+
+
+def test_a_run_holds_the_lock_of_its_folder_and_says_its_own_error(stand_in, tmp_path, monkeypatch):
+    show = "import os; print('Error:', os.fstat(0).st_ino, flush=True); raise SystemExit(1)"
+    command = [sys.executable, "-c", show]
+    monkeypatch.setattr(experiment, "launch", lambda slot, jobs: (command, dict(os.environ)))
+    (tmp_path / "clip-1000-gap-1.log").write_text("Error: of an earlier sitting\n")
+    runner = experiment.Runner(tmp_path, ["--scale", "tiny"], 1)
+    with pytest.raises(DataError, match=f"Error: {(tmp_path / 'lock').stat().st_ino};"):
+        runner.run(("clip", "1000", "gap", "1"))
+
+
+def test_a_table_says_what_precision_was_used(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(mae_clip, "bf16_speedup", lambda width: 1.5)
+    experiment.run([*GRID, "--out", str(tmp_path), "--device", "cpu"])
+    with (tmp_path / "experiment.csv").open(newline="") as file:
+        assert {row["precision"] for row in csv.DictReader(file)} == {"bf16"}
+    monkeypatch.setattr(mae_clip, "bf16_speedup", lambda width: 0.5)
+    with pytest.raises(DataError, match="was run with --precision bf16"):
+        experiment.run([*GRID, "--out", str(tmp_path), "--device", "cpu"])
 
 
 def test_a_run_of_which_nothing_was_scored_has_failed():
@@ -4007,6 +4032,8 @@ def test_cores_and_gpus_are_shared_out_among_runs(monkeypatch):
     command, environment = experiment.launch(3, 8)
     assert environment["CUDA_VISIBLE_DEVICES"] == "3"
     assert command == [sys.executable, mae_clip.__file__]
+    cards = [experiment.launch(slot, 3)[1]["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    assert cards == ["0,3", "1,4", "2,5"]  # as many for each run: the batch must be divisible
     _, environment = experiment.launch(9, 16)  # more runs than GPUs
     assert environment["CUDA_VISIBLE_DEVICES"] == "1"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -4026,7 +4053,7 @@ def test_the_figure_shows_the_tables_numbers():
             scores["clip", samples, "gap", str(seed)] = 0.5
             scores["mae_clip", samples, "gap", str(seed)] = 0.5 + lead - 0.02 * place
     drawing = experiment.draw_figure(rows_of(scores), ["clip", "mae_clip"])
-    left = [shape for shape in drawing.shapes if shape[1][0][0] < 200]
+    left = [shape for shape in drawing.shapes if shape[1][0][0] < 150]
     heights = {text: points[0][1] - 3 for kind, points, text, _ in left if kind == "words"}
     unit = (heights["-2"] - heights["2"]) / 4  # of a point
 
@@ -4081,11 +4108,19 @@ def test_a_figure_of_many_arms_and_poolings_and_of_one_amount_is_drawn(tmp_path)
     for number, arm in enumerate(["clip", "mae_clip", "mae_clip@lr=1", "slip", "clip@steps=2"]):
         for pool in ("gap", "max", "cls"):
             scores[arm, "1000", pool, "1"] = 0.1 * number
+            scores[arm, "1000", pool, "2"] = 0.1 * number + 0.01
     del scores["clip", "1000", "gap", "1"]  # a hole
     arms = list(dict.fromkeys(arm for arm, *_ in scores))
     drawing = experiment.draw_figure(rows_of(scores), arms)
     drawing.save_png(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").exists()
+
+
+def test_a_single_seed_has_no_interval_and_so_no_figure():
+    scores = {(arm, "9", "gap", "1"): 0.5 for arm in ("clip", "mae_clip")}
+    assert experiment.draw_figure(rows_of(scores), ["clip", "mae_clip"]) is None
+    table = experiment.make_table(rows_of(scores), ["clip", "mae_clip"], "text")
+    assert "+0.0 (1)" in table and "[" not in table
 
 
 def test_the_experiment_trains_and_scores_as_a_user_types_it(tmp_path):
