@@ -29,6 +29,7 @@ import tarfile
 from collections import Counter, defaultdict, namedtuple
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from heapq import heappop, heappush
 from inspect import signature
 from itertools import islice, pairwise
@@ -54,7 +55,7 @@ def one_line(error):
 
 def cache_folder():
     """$XDG_CACHE_HOME/mae_clip, else ~/.cache/mae_clip. It may be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mae_clip"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mae_clip")
 
 
 def be_quiet(worker=0):
@@ -75,6 +76,7 @@ def in_parallel(function, jobs):
 # --- Reading shards -------------------------------------------------------------------------------
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 LINE_BREAK = re.compile(r"\r?\n")
+LEFT_OUT = re.compile(r"^__[^/]*__($|/)|(^|/)\._")  # webdataset's __meta__, and what macOS adds
 
 
 def expand(source):
@@ -137,7 +139,7 @@ def grouped(file):
                 if not 0 <= info.size < 1 << 40 or info.issparse():
                     raise tarfile.ReadError
                 name = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", info.name)
-                if not info.isreg() or not name or re.match(r"__[^/]*__($|/)", info.name):
+                if not info.isreg() or not name or LEFT_OUT.search(info.name):
                     continue
                 if sample and key != name[1]:
                     yield key, sample
@@ -225,7 +227,7 @@ def whole_samples(source, labelled=False):
 
 def split_shards(folder, split):
     """The shards of a split of a folder in CLIP_benchmark's layout, as a source."""
-    last = int(Path(folder, split, "nshards.txt").read_text()) - 1
+    last = int(Path(folder, split, "nshards.txt").read_text("utf-8-sig")) - 1
     return f"{folder}/{split}/{{0..{last}}}.tar"
 
 
@@ -252,7 +254,9 @@ def decode(data, pixels=1 << 30):
     image = open_image(data)
     try:
         image.draft("RGB", (pixels, pixels))
-        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+        with suppress(Exception):  # it turns the image, and then may fail on its other tags
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits, which Pillow's convert would clip
             values = np.asarray(image, np.int32).clip(0, 65535) >> 8
             image = Image.fromarray(values.astype(np.uint8))
@@ -337,7 +341,6 @@ class Tokenizer:
         self.merges = [tuple(pair) for pair in merges]
         self.bytes = 3 * [b""] + [bytes([byte]) for byte in range(256)]  # of each id
         self.new = {}  # pair -> its id
-        self.cache = {}  # piece -> its ids
         for first, second in self.merges:
             self.new[chr(first) + chr(second)] = len(self.bytes)
             self.bytes.append(self.bytes[first] + self.bytes[second])
@@ -394,6 +397,7 @@ class Tokenizer:
         except (OSError, ValueError, TypeError, IndexError):
             raise DataError(f"{path}: not a tokenizer; make one with data.py tokenizer") from None
 
+    @lru_cache(200_000)  # noqa: B019 (tokenizers are few, and stay)
     def merge(self, piece):
         """Bytes of one piece -> ids: of the pairs in it the one learned first is merged, until none
         is left."""
@@ -409,11 +413,7 @@ class Tokenizer:
         """str or bytes -> ids, without specials."""
         ids = []
         for piece in self.pieces.findall(as_bytes(text)):
-            if piece not in self.cache:
-                if len(self.cache) > 200_000:
-                    self.cache.clear()
-                self.cache[piece] = self.merge(piece)
-            ids += self.cache[piece]
+            ids += self.merge(piece)
         return ids
 
     def decode(self, ids):
@@ -850,12 +850,17 @@ def read_table(source):
     """A csv or tsv of paths and captions -> (path, fields) of photos, each once however its path is
     written. A first row with the name of a path's column is a header; without one the first two
     columns count."""
-    delimiter = "\t" if source.suffix == ".tsv" else ","
+    style = {"strict": True}
+    if source.suffix == ".tsv":  # there quotes are part of the text
+        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     try:
         with source.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file, delimiter=delimiter, strict=True) if row]
+            reader = csv.reader(file, **style)
+            rows = [row for row in reader if row]
     except (csv.Error, UnicodeError) as error:
-        raise DataError(f"{source}: no csv in UTF-8: {error}") from None
+        raise DataError(
+            f"{source}: no csv in UTF-8, read up to line {reader.line_num}: {error}"
+        ) from None
     header = [name.strip().lower() for name in rows[0]] if rows else []
     if PATH_NAMES.intersection(header):
         del rows[0]
@@ -926,8 +931,11 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
     --shard      samples a shard
     """
     source = Path(source)
-    if not 0 <= test < 1:
-        raise DataError(f"--test {test}: must be a share from 0 to below 1, such as 0.1")
+    if not 0 <= test < 1 or shard < 1:
+        raise DataError(
+            f"--test {test}: must be a share from 0 to below 1, such as 0.1; --shard {shard}: must "
+            "be 1 or more"
+        )
     classes = []
     if source.is_dir():
         photos, classes = read_folder(source)

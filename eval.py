@@ -269,7 +269,7 @@ def knn(train_x, train_y, test_x, test_y, k=20, temperature=0.07):
     """
     x, y, test_x, test_y, classes = check_split(train_x, train_y, test_x, test_y)
     if not 1 <= k <= len(x):
-        raise ValueError(f"k: must lie in 1 ... {len(x)}, the number of training images, found {k}")
+        raise ValueError(f"k = {k}: must lie from 1 to the number of training images, {len(x)}")
     x = F.normalize(x, dim=1)
     test_x = F.normalize(test_x, dim=1)
     hits = []
@@ -482,7 +482,7 @@ def score_zero_shot(model, tokenizer, dataset, encoded):
     if len(classes) >= 5:
         scores["acc5"] = Score(hits["acc5"], everywhere, 5 * guess)
     scores["mean_per_class_recall"] = Score(hits["mean_per_class_recall"], balanced, guess)
-    if dataset.unseen:
+    if unseen.any():
         scores["seen"] = Score(hits["acc1"], ~unseen, guess)
         scores["unseen"] = Score(hits["acc1"], unseen, guess)
     return scores
@@ -671,10 +671,7 @@ def suite(checkpoints, datasets, tasks, device="cpu", untrained=False):
     columns = {}  # {title: {(set, task, measure): Score}}
     loaded = [mae_clip.load(path, device) for path in checkpoints]  # first, lest a late one fail
     for path, (model, tokenizer, _) in zip(checkpoints, loaded, strict=True):
-        title = run_folder(path).name
-        if title in columns:
-            title = str(path)
-        columns[title] = measure(model, tokenizer, datasets, tasks)
+        columns[str(path)] = measure(model, tokenizer, datasets, tasks)
     compared = list(columns)
     if untrained:
         _, tokenizer, config = loaded[0]
@@ -953,12 +950,14 @@ def run(argv):
     tasks, _ = COMMANDS[args.command]
     rows = suite(args.paths, datasets, tasks, device, args.untrained)
     if not rows:
+        if args.command == "suite":
+            raise DataError("no task of the suite fits these checkpoints and sets")
         sys.exit(2)  # why has been said
     if args.command == "reconstruct":
         path = Path(args.out or run_folder(args.paths[0]) / "reconstruct.png")
         model, tokenizer, _ = mae_clip.load(args.paths[0], device)
         captioned = next(dataset for dataset in datasets if not dataset.classes)
-        draw_reconstructions(model, tokenizer, captioned, path)
+        attempt("picture", draw_reconstructions, model, tokenizer, captioned, path)
     return format_rows(rows, args.format)
 
 
@@ -967,7 +966,7 @@ def main(argv=None):
     try:
         print(run(argv))
     except (ValueError, OSError, RuntimeError) as error:
-        say(f"error: {error}")
+        say(f"error: {data.one_line(error)}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

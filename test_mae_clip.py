@@ -16,6 +16,7 @@ import re
 import runpy
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -2254,6 +2255,16 @@ ODD = [
 ]
 
 
+def test_what_macos_adds_to_a_tar_does_not_part_samples(tmp_path):
+    files = []
+    for name, content in samples_of(2):
+        files += [(f"train/._{name}", b"\0\5\x16\7"), (f"train/{name}", content)]
+    shard = tar_of(tmp_path / "mac.tar", files)
+    assert [sorted(sample) for sample in data.read_samples(shard)] == 2 * [
+        ["__key__", "jpg", "txt"]
+    ]
+
+
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_samples_are_those_of_the_webdataset_package(kind, tmp_path):
     webdataset = pytest.importorskip("webdataset")
@@ -2579,6 +2590,10 @@ def test_16_bits_are_scaled_transparent_is_white_and_exif_turns():
     turned = Image.Exif()
     turned[0x0112] = 6
     assert data.decode(picture(24, 16, exif=turned)).size == (16, 24)
+    # By hand: ImageLength as one byte, which is no type for it, and Orientation 6.
+    odd = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x0101, 1, 1, 16)
+    odd += struct.pack("<HHII", 0x0112, 3, 1, 6) + bytes(4)
+    assert data.decode(picture(24, 16, exif=odd)).size == (16, 24)
 
 
 def resized_then_cropped(image, size):
@@ -2750,9 +2765,18 @@ def test_pack_takes_the_columns_that_a_header_names_and_without_one_the_first_tw
     (tmp_path / "quote.tsv").write_text('0.jpg\ta "dog\n1.jpg\ta cat"\n')
     assert command("pack", tmp_path / "quote.tsv", tmp_path / "tsv")[0] == 0
     assert len(packed(tmp_path / "tsv")) == 2
+    (tmp_path / "quotes.tsv").write_text('0.jpg\t"dog\n1.jpg\t"Bo" says "stop"\n')
+    assert command("pack", tmp_path / "quotes.tsv", tmp_path / "quotes")[0] == 0
+    found = [data.captions(sample)[0] for sample in packed(tmp_path / "quotes")]
+    assert sorted(found) == ['"Bo" says "stop"', '"dog']
     (tmp_path / "latin.csv").write_bytes(b"path,caption\n0.jpg,caf\xe9\n")
     code, _, err = command("pack", tmp_path / "latin.csv", tmp_path / "latin")
     assert code == 2 and "no csv in UTF-8" in err
+    (tmp_path / "open.csv").write_text('path,caption\n0.jpg,a dog\n1.jpg,"a" cat\n')
+    code, _, err = command("pack", tmp_path / "open.csv", tmp_path / "open")
+    assert code == 2 and "open.csv: no csv in UTF-8, read up to line 3" in err
+    code, _, err = command("pack", tmp_path / "open.csv", tmp_path / "open", "--shard", 0)
+    assert code == 2 and "--shard 0" in err
 
 
 def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_over(tmp_path):
@@ -3170,6 +3194,9 @@ def test_evaluate_gives_each_task_with_chance_and_number_and_draws_a_picture(tra
     assert results["zero_shot"]["chance"]["acc1"] == 0.5 and results["zero_shot"]["n"] == 8
     assert results["retrieval"]["chance"]["image_retrieval_recall@5"] == pytest.approx(5 / 12)
     assert json.loads(json.dumps(results, allow_nan=False)) == results
+    (folder / "unseen.txt").write_text("7")  # a class of which there is no image
+    again = evaluation.evaluate(model, tokenizer, str(folder))
+    assert again["zero_shot"] == results["zero_shot"]
     assert Image.open(tmp_path / "reconstructions.png").width > 500
     assert "image_retrieval_recall@10" in evaluation.format_results(results)
 
@@ -3304,14 +3331,14 @@ def test_the_suite_sets_checkpoints_side_by_side_with_chance_and_intervals(
     paths = [trained["clip"], trained["mae"]]
     flags = ("--data", folder, "--untrained", "--format", "json")
     table = {row["task"]: row for row in json.loads(call(capsys, "suite", *paths, *flags))}
-    names = [path.parent.name for path in paths]
+    names = [str(path) for path in paths]
     assert table.keys() == {"zero_shot", "linear_probe", "knn"}
     assert table["linear_probe"]["chance"] == 0.5 and table["linear_probe"]["images"] == 40
     lead = " less ".join(names)
     assert table["linear_probe"]["values"].keys() == {*names, "untrained", lead}
 
 
-def test_checkpoints_of_equal_folder_names_are_told_apart_and_tables_may_be_markdown(
+def test_checkpoints_are_named_as_they_were_typed_and_tables_may_be_markdown(
     trained, tmp_path, capsys
 ):
     folder = labelled_folder(labelled_folder(tmp_path / "set", 40), 24, split="train")
@@ -3322,8 +3349,9 @@ def test_checkpoints_of_equal_folder_names_are_told_apart_and_tables_may_be_mark
         paths[-1].write_bytes(trained["clip"].read_bytes())
     runs = [path.parent for path in paths]
     rows = json.loads(call(capsys, "knn", *runs, "--data", folder, "--format", "json"))
-    assert list(rows[0]["values"]) == ["run", str(runs[1]), f"run less {runs[1]}"]
-    assert rows[0]["values"][f"run less {runs[1]}"] == [0, 0, 0]
+    lead = f"{runs[0]} less {runs[1]}"
+    assert list(rows[0]["values"]) == [str(runs[0]), str(runs[1]), lead]
+    assert rows[0]["values"][lead] == [0, 0, 0]
     text = call(capsys, "knn", paths[0], "--data", folder, "--format", "markdown")
     assert text.splitlines()[0].startswith("set | task") or "| task" in text.splitlines()[0]
 
@@ -3378,7 +3406,8 @@ def test_what_eval_cannot_use_is_refused_in_one_line(trained, tmp_path, capsys):
     refused("labelled folder", "zero-shot", clip, "--data", shard)
     refused("no train split", "linear-probe", clip, "--data", alone)
     refused("no reconstruction loss", "reconstruct", clip, "--data", shard)
-    refused("1 ... 8", "knn", clip, "--data", folder)
+    refused("number of training images, 8", "knn", clip, "--data", folder)
+    refused("no task of the suite fits", "suite", mae, "--data", alone)
     refused("10 images", "retrieval", clip, "--data", few)
     refused("for one photo, --labels", "zero-shot", clip, photo)
     refused("two labels", "zero-shot", clip, photo, "--labels", "a")
