@@ -954,7 +954,10 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
             shards[split] = first // shard + 1
     written = build(folder, described(classes, [PACK_TEMPLATE], shards), jobs)
     print(f"{folder}: {written} samples in {len(jobs)} shards; {len(photos) - written} left out")
-    print(f"next: python mae_clip.py --data {folder} (photos without captions: --method mae)")
+    print(
+        "next, with --method mae where photos have no captions:\n"
+        f"python mae_clip.py --data {folder} --out {folder}-run"
+    )
 
 
 def inspect(source):

@@ -4,7 +4,7 @@
     python eval.py zero-shot CHECKPOINT photo.jpg --labels "a dog,a cat"
     python eval.py reconstruct CHECKPOINT --data SET      a picture of what is predicted
     python eval.py suite CHECKPOINT... --data SET::SET    all that applies, side by side
-    python eval.py benchmark --scale base --method clip   speed; takes the flags of mae_clip.py
+    python eval.py benchmark --scale base --batch-size 256    speed; takes mae_clip.py's flags
     python eval.py experiment                             does MAE help, at what amount of data?
 
 A CHECKPOINT is a file or a run's folder, whose newest one counts. A SET is a folder in

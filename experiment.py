@@ -2,7 +2,7 @@
 
     python eval.py experiment                            clip and mae_clip on the built-in scenes
     python eval.py experiment --quick                    an hour's worth of it
-    python eval.py experiment --csv docs/experiment.csv  uses the runs that this table holds
+    python eval.py experiment --csv docs/experiment.csv --precision fp32     uses a table's runs
     python eval.py experiment --scale base --accumulate 16 --data SHARDS --eval-data SETS \\
         --samples 100000,1000000
 
@@ -10,9 +10,9 @@ Runs mae_clip.py once for each arm, number of unique pairs, pooling and seed. An
 a method with flags of its own: clip@steps=900@lr=0.01. All flags that are not listed below are
 mae_clip.py's and go to every run: so arms without steps of their own see equally many pairs. The
 gain is that of the second arm over each other one, paired by seed. OUT holds experiment.csv (a row
-a run), experiment.md (the table), experiment.svg and .png (the figure, which tells three arms and
-three poolings apart), and each run's folder and log. Runs that have a row are not made again; what
-was interrupted goes on.
+a run), experiment.md (the table), experiment.svg and .png (the figure, from two seeds on, which
+tells three arms and three poolings apart), and each run's folder and log. Runs that have a row are
+not made again; what was interrupted goes on.
 """
 
 import argparse
@@ -427,7 +427,7 @@ def draw_panel(drawing, left, title, unit, amounts, lines, always):
 
 def draw_figure(rows, arms):
     """The gain of the second arm over each other one, with its 95 % band, and the scores, against
-    unique pairs -> Drawing; None where no measure lets two arms be compared."""
+    unique pairs -> Drawing; None where no two arms share two seeds."""
     amounts = [int(samples) for samples in values_of(rows, "samples")]
     for measure, title in MEASURES.items():
         gains = []
@@ -529,7 +529,7 @@ def run(argv):
     for key in wanted:
         check(key, flags)
     config = mae_clip.parse(flags)
-    # What `auto` means on this machine is written down: rows of other machines may differ in it.
+    # What `auto` means on this machine is written down: rows of another precision are refused.
     _, autocast = mae_clip.pick_device(config)
     flags += ["--precision", "bf16" if autocast._enabled else "fp32"]
     out = Path(args.out)

@@ -8,7 +8,7 @@ et al. 2021), mae (He et al. 2021), m3ae (Geng et al. 2022), mae_clip and slip (
 
     python mae_clip.py --scale small                                  built-in data, minutes, no GPU
     python mae_clip.py --method clip --data 'pairs-{000..123}.tar'    your own shards
-    torchrun --nproc-per-node 8 mae_clip.py --scale base --data ...   every GPU of a machine
+    torchrun --nproc-per-node 8 mae_clip.py --scale base --accumulate 4 --data ...    eight GPUs
     python mae_clip.py --help                                         every flag
 
 mae_clip sends each image and its caption through the same weights twice:
@@ -252,7 +252,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B,heads,T,D/heads)
         attendable = None if real is None else real[:, None, None]  # padding is no key
         if q.is_cpu:
-            # Plain products: on a CPU SDPA is slow on short sequences, and thrice so in bfloat16.
+            # Plain products: on a CPU SDPA is slow on short sequences (docs/results.md).
             scores = (q @ k.mT) * q.shape[-1] ** -0.5
             if attendable is not None:
                 scores = scores.masked_fill(~attendable, -math.inf)
