@@ -4198,3 +4198,79 @@ def test_an_experiment_that_cannot_be_is_refused_before_any_run(
         experiment.run([*arguments, "--scale", "tiny", "--out", str(tmp_path / "new")])
     assert named in capsys.readouterr().err + str(end.value)
     assert not (tmp_path / "new").exists()
+
+
+# --- The documents --------------------------------------------------------------------------------
+def blocks(name, language):
+    """The code blocks of a document."""
+    text = (HERE / name).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_python_of_the_readme_runs(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "photo.jpg").write_bytes(picture(40, 30))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mae_clip-small").symlink_to(trained["mae_clip"].parent)
+    monkeypatch.chdir(tmp_path)
+    (text,) = blocks("README.md", "python")
+    exec(text, {})
+    assert len(capsys.readouterr().out.split(",")) == 2  # two cosines
+
+
+def test_the_recipes_of_the_photographs_make_sets_that_can_be_used(tmp_path, monkeypatch):
+    flickr, tiny_imagenet = blocks("docs/data.md", "python")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Flickr8k.token.txt").write_text("a.jpg#0\ta dog\na.jpg#1\ta cat\nb.jpg#0\tit\n")
+    for split, name in (("train", "a"), ("dev", "b")):
+        (tmp_path / f"Flickr_8k.{split}Images.txt").write_text(f"{name}.jpg\n")
+        (tmp_path / "Flicker8k_Dataset").mkdir(exist_ok=True)
+        (tmp_path / "Flicker8k_Dataset" / f"{name}.jpg").write_bytes(picture())
+    exec(flickr, {})
+    assert command("pack", "train.csv", "flickr8k-train")[0] == 0
+    assert [data.captions(sample) for sample in packed(tmp_path / "flickr8k-train")] == [
+        ["a dog", "a cat"]
+    ]
+    source = tmp_path / "tiny-imagenet-200"
+    for wnid in ("n1", "n2"):
+        (source / "train" / wnid / "images").mkdir(parents=True)
+        for n in range(80):
+            (source / "train" / wnid / "images" / f"{wnid}_{n}.JPEG").write_bytes(picture(8, 8))
+    (source / "val" / "images").mkdir(parents=True)
+    for n in range(4):
+        (source / "val" / "images" / f"val_{n}.JPEG").write_bytes(picture(8, 8))
+    (source / "wnids.txt").write_text("n2\nn1\n")
+    (source / "words.txt").write_text("n1\ta dog, a hound\nn2\ta cat\nn3\tit\n")
+    lines = [f"val_{n}.JPEG\tn{1 + n // 2}\t0\t0\t7\t7\n" for n in range(4)]
+    (source / "val" / "val_annotations.txt").write_text("".join(lines))
+    exec(tiny_imagenet, {})
+    (dataset,) = evaluation.open_sets("tiny_imagenet")
+    assert dataset.classes == ["a dog", "a cat"]
+    assert [label for *_, label in dataset.samples("test")] == [0, 1]
+    assert len(list(dataset.samples("train"))) == 160
+    assert len(loader_of("tiny_imagenet", 20)) == 8
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/data.md", "docs/results.md"])
+def test_every_flag_of_a_command_in_the_documents_is_one_that_is_there(name):
+    text = (HERE / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"(mae_clip|eval|data)\.py ([^`\n|]*)", text)
+    assert commands
+    known = {"--help", "--scale", "--quick", "--csv", "--jobs"}
+    known |= {mae_clip.flag(field.name) for field in dataclasses.fields(Config)}
+    known |= {"--no-compile", "--no-norm-pix"}
+    for action in evaluation.make_parser()._subparsers._group_actions[0].choices.values():
+        known |= set(action._option_string_actions)
+    known |= {"--size", "--test", "--shard", "--scenes"}
+    for _, words in commands:
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", words.split("'pipe:")[0])) <= known, words
+
+
+@pytest.mark.parametrize("name", ["experiment.csv", "sweep.csv"])
+def test_the_tables_of_runs_in_docs_can_be_used(name):
+    with (HERE / "docs" / name).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    arms = {row["arm"] for row in rows}
+    flags = ["--precision", "fp32"]
+    if name == "sweep.csv":
+        flags += "--lr 6e-3 --image-weight 0.1 --text-weight 0.05 --data-seed 1".split()
+    assert len(experiment.read_rows(HERE / "docs" / name, arms, flags)) == len(rows) > 0
