@@ -189,8 +189,8 @@ def read_samples(source, strict=False):
 
 
 def captions(sample):
-    """A raw sample's captions: the lines of its txt that are not empty, else the field `caption` of
-    its json, a text or a list of them."""
+    """A raw sample's captions: the lines of its txt that are not empty; the field `caption` of its
+    json, a text or a list of them, where there are none, or where that has a line break."""
     lines = LINE_BREAK.split(sample.get("txt", b"").decode("utf-8-sig", "replace"))
     lines = [line.strip() for line in lines if line.strip()]
     noted = []
@@ -295,7 +295,7 @@ def preprocess(image, size):
 
 def random_crop(data, size, least, rng):
     """Image bytes -> uint8 (3,S,S): a random box, of `least` to 1 of the area and sides from 3:4 to
-    4:3 as far as these fit, resized."""
+    4:3, cut short where it does not fit, resized."""
     # Decoded at the coarsest size that leaves `size` pixels in the smallest box.
     image = decode(data, math.ceil(size / math.sqrt(0.75 * least)))
     area = image.width * image.height * rng.uniform(least, 1)
@@ -348,8 +348,8 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """Learns merges from texts (str or bytes) until there are vocab_size ids, or no pair occurs
-        twice."""
+        """Learns merges from the 100,000 most frequent pieces of texts (str or bytes) until there
+        are vocab_size ids, or no pair occurs twice."""
         if vocab_size < 259:
             raise DataError(f"a vocabulary of {vocab_size}: needs 259, for 256 bytes, 3 specials")
         pieces = Counter()
@@ -438,8 +438,8 @@ ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what is found near the end of a 
 
 def check(file, image, text, note, captioned):
     """DataError where a sample with these places, of its image, txt and json, is of no use. An
-    image is judged by its header and its end; where these leave a doubt it is decoded: what Pillow
-    can decode is never left out."""
+    image is judged by its header and its end; where the end leaves a doubt it is decoded: how a
+    file ends is no reason to leave it out."""
     offset, size = image
     if not size:
         raise DataError("no image")
@@ -499,9 +499,10 @@ Batch = namedtuple("Batch", "images tokens keys")  # of a rank: uint8 (B,3,S,S),
 
 
 class LocalShards:
-    """The samples of a Loader's local shards. Every readable one comes once an epoch over all ranks
-    and workers, but for the last `count mod global batch` of the epoch's order, which is a pure
-    function of (seed, epoch). Where an image fails to decode, another of its batch comes again."""
+    """The samples of a Loader's local shards. Every readable one (with `samples`, every chosen one)
+    comes once an epoch over all ranks and workers, but for the last `count mod global batch` of the
+    epoch's order, which is a pure function of (seed, epoch). Where an image fails to decode,
+    another of its batch comes again."""
 
     def __init__(self, loader, shards):
         self.loader = loader
@@ -543,6 +544,7 @@ class LocalShards:
                 shuffle = np.random.default_rng([loader.seed, epoch]).permutation(len(self.chosen))
                 order = self.chosen[shuffle]
                 known = epoch
+            # The batch of all ranks is cut into consecutive parts, one a rank.
             first = (number * loader.world + loader.rank) * loader.batch_size
             numbers = order[first : first + loader.batch_size].tolist()
             yield [(self.sample(n), [loader.seed, epoch, n]) for n in numbers], [], 0
@@ -550,7 +552,7 @@ class LocalShards:
 
 class Stream:
     """The samples of an endless sequence of shards, which are read one after another, each by one
-    worker: all in turn, or with `resample` drawn with replacement."""
+    worker: all in an order that is new in each turn, or with `resample` drawn with replacement."""
 
     def __init__(self, loader, shards):
         self.loader = loader
@@ -586,7 +588,7 @@ class Stream:
 @dataclass(eq=False)
 class Work(IterableDataset):
     """What torch's DataLoader runs, here or in its worker processes: each makes its part of the
-    steps."""
+    steps, or of a stream's shards."""
 
     loader: object
     steps: range

@@ -9,7 +9,7 @@
 
 A CHECKPOINT is a file or a run's folder, whose newest one counts. A SET is a folder in
 CLIP_benchmark's layout (test/0.tar ..., test/nshards.txt, classnames.txt), captioned shards, or the
-built-in data's folder. Images are encoded whole, in eval mode, with the model's own pooling.
+built-in data's folder. Features are of whole images, in eval mode, with the model's own pooling.
 Rates lie in 0..1. Letters: n images, m texts, D width, E embedding, C classes, S pixels a side.
 """
 
@@ -229,7 +229,8 @@ def choose_l2(x, y, classes, seed):
         return accuracy, F.cross_entropy(logits, y[held_out]).item(), l2
 
     # Above the features' whole variance a penalty only shrinks the weights: the grid begins there.
-    # It goes on downwards until a step betters neither loss nor, by half a point, accuracy.
+    # It goes on downwards, four trials at least, until one betters neither loss nor, by half a
+    # point, accuracy.
     best = attempt(max(x.var(dim=0).sum().item(), 1e-12))
     trials = [best]
     better = True
@@ -275,7 +276,7 @@ def knn(train_x, train_y, test_x, test_y, k=20, temperature=0.07):
     hits = []
     for rows in torch.arange(len(test_x)).split(BLOCK // (len(x) + classes) + 1):
         cosine, index = (test_x[rows] @ x.T).topk(k, dim=1)
-        # Without the nearest one's cosine, so that no exponential overflows.
+        # All weights of an image over its largest one: the same vote, and no overflow.
         weight = ((cosine - cosine[:, :1]) / temperature).exp()
         votes = weight.new_zeros(len(rows), classes).scatter_add_(1, y[index], weight)
         hits.append(votes.argmax(dim=1) == test_y[rows])
@@ -429,7 +430,9 @@ def reconstructions(model, tokenizer, dataset, limit):
             tokens = tokenizer.batch([texts[0] for texts in captions], config.context)
             found = model.reconstruct(images.to(device), tokens.to(device))
             found["tokens"] = tokens
-            found["patches"] = mae_clip.patchify(mae_clip.normalise(images), config.patch_size)
+            found["patches"] = mae_clip.patchify(
+                mae_clip.normalise_images(images), config.patch_size
+            )
             for name, part in found.items():
                 parts[name].append(part.cpu())
     return {name: torch.cat(part) for name, part in parts.items()}

@@ -27,8 +27,8 @@ trunk encodes visible patches and visible tokens together. slip is pass 1 and tw
 that must find each other.
 
 Letters for shapes: B batch, N patches, T tokens, K kept, R removed, D width, E embedding, P patch
-side, V vocabulary, G rows of all W ranks. In every mask True means removed. All down to the
-double line is the method and needs torch alone; below it stands its training.
+side, V vocabulary, W ranks, G = W B the rows of all ranks. In every mask True means removed. All
+down to the double line is the method and needs torch alone; below it stands its training.
 """
 
 import math
@@ -37,9 +37,9 @@ import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# To be set before torch is imported. Threads of GNU OpenMP that wait for each other stay awake for
-# milliseconds (300,000 turns), and so block each other wherever another program runs. With 1000
-# turns a busy machine trains 20 times as fast (docs/results.md).
+# To be set before torch is imported. GNU OpenMP's threads spin while they wait for each other,
+# 300,000 turns or milliseconds long; where another program runs too, that starves all of them. With
+# 1000 turns a busy machine trains 20 times as fast (docs/results.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -77,7 +77,7 @@ class ModelConfig:
     text_depth: int = 1  # blocks of the text tower
     text_heads: int = 3  # attention heads of the text tower
     context: int = 16  # tokens a caption, SOT and EOT included
-    vocab_size: int = 512  # tokens that the tokenizer knows, at most; a file's has its own
+    vocab_size: int = 512  # largest vocabulary to learn; the file of --tokenizer has its own size
     embed: int = 64  # width of the space that images and captions share
     decoder_width: int = 64  # of the decoder's tokens (MAE: 512)
     decoder_depth: int = 1  # blocks of the decoder (MAE: 8)
@@ -109,13 +109,12 @@ IMAGE_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's, as
 IMAGE_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
-def normalise(images):
+def normalise_images(images):
     """uint8 (B,3,H,W) -> float32 by ImageNet's mean and deviation; float images stay as they
     are."""
     if images.dtype != torch.uint8:
         return images
-    device = images.device
-    return (images.float() / 255 - IMAGE_MEAN.to(device)) / IMAGE_STD.to(device)
+    return (images.float() / 255 - IMAGE_MEAN.to(images.device)) / IMAGE_STD.to(images.device)
 
 
 def patchify(images, patch):
@@ -141,14 +140,15 @@ def sincos_2d(width, rows, cols):
     half holds sines, then cosines, of position / 10000^(k / (width/4)) for k = 0 ... width/4 - 1.
     """
     step = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
-    row_col = torch.cartesian_prod(torch.arange(rows), torch.arange(cols))  # (rows*cols, 2)
-    angle = row_col.flip(1)[:, :, None] / 10000**step  # (rows*cols, 2, width/4), columns first
+    # Of each patch its column, then its row.
+    place = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).flip(1)  # (rows*cols, 2)
+    angle = place[:, :, None] / 10000**step  # (rows*cols, 2, width/4)
     return torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1).float()
 
 
 def take(x, index):
     """x (B or 1, N, D), index (B,K) -> (B,K,D): the rows of each sample that index names."""
-    return torch.take_along_dim(x, index[..., None], dim=1)  # the index holds for all of D
+    return torch.take_along_dim(x, index[..., None], dim=1)  # broadcast over D
 
 
 # --- Masks ----------------------------------------------------------------------------------------
@@ -158,8 +158,8 @@ EOT = 2
 
 
 def kept_count(length, ratio):
-    """How many of `length` stay when `ratio` is removed. Rounded: int(100 * (1 - 0.9)) alone is
-    9."""
+    """How many of `length` stay when `ratio` is removed, rounded to the nearest: as floats
+    100 * (1 - 0.9) is a little less than 10, and int alone would make it 9."""
     return int(length * (1 - ratio) + 0.5)
 
 
@@ -185,9 +185,12 @@ def random_text_mask(noise, tokens, ratio):
     noise (B,T) in 0..1, tokens (B,T) -> keep (B,K) positions of SOT, EOT, what stays, then padding;
     mask (B,T) bool, True where removed, which SOT, EOT and padding never are.
 
-    For example, T = 16, ratio 0.75, a caption SOT a b c EOT and eleven times padding: of three
-    tokens one stays, of the fourteen of a full caption four. So K = 2 + 4, keep may be
-    [0, 4, 1, 5, 6, 7] (SOT, EOT, a, padding), and the mask is True at 2 and 3 (b, c).
+    For example, T = 16, ratio 0.75, a caption SOT a b c EOT and eleven times padding, with noise
+    0.1, 0.8 and 0.5 for a, b and c. Sorted, the positions are 0 4 1 3 2 5 ... (SOT EOT a c b, then
+    padding), so the place of position 0 is 0, of 1 it is 2, of 2 it is 4, of 3 it is 3, of 4 it
+    is 1. Of three tokens one stays: with SOT and EOT the first three places. So the mask is True
+    at 2 and 3 (b, c). Of the fourteen tokens of a full caption four stay, so K is 2 + 4 for all,
+    and keep is 0 4 1 5 6 7 (SOT EOT a, and padding).
     """
     T = tokens.shape[1]
     position = torch.arange(T, device=tokens.device)
@@ -198,25 +201,25 @@ def random_text_mask(noise, tokens, ratio):
     # The first argsort lists the positions in that order; the argsort of the list is the place of
     # each position in it.
     place = order.argsort(dim=1).argsort(dim=1)
-    # How many stay, SOT and EOT included, is looked up by the number of tokens between them (0 to
-    # T - 2) in a table made on the host, so that float32 rounding plays no part in it.
-    stay = [2 + kept_count(length, ratio) for length in range(T - 1)]
+    # How many are kept, SOT and EOT included, for each number of tokens between them, 0 to T - 2: a
+    # table made on the host, so that float32 rounding plays no part in it.
+    kept_of = [2 + kept_count(length, ratio) for length in range(T - 1)]
     # EOT at position `end` has end - 1 tokens between SOT and itself.
-    stays = torch.tensor(stay, device=tokens.device)[end - 1]  # (B,1)
+    kept = torch.tensor(kept_of, device=tokens.device)[end - 1]  # (B,1)
     # SOT and EOT have places 0 and 1, so they stay; position < end keeps padding out of the mask.
-    mask = (place >= stays) & (position < end)
-    # Removed tokens get the key 3, behind the padding, and fall off the end of what is kept, which
-    # is stay[-1] positions, as many as a full caption keeps. Stable: SOT before EOT, padding in
-    # order.
-    keep = order.masked_fill(mask, 3).argsort(dim=1, stable=True)[:, : stay[-1]]
+    mask = (place >= kept) & (position < end)
+    # Removed tokens get the key 3, behind the padding, and fall off the end of what is kept. That
+    # is kept_of[-1] positions, those of a full caption; a shorter one keeps no more tokens, and
+    # loses no more. Stable: SOT before EOT, padding in order.
+    keep = order.masked_fill(mask, 3).argsort(dim=1, stable=True)[:, : kept_of[-1]]
     return keep, mask
 
 
 class Masked(NamedTuple):
     """What the masked pass knows of one modality (N stands for patches or tokens).
 
-    The R = N - K slots of `removed` are as many as a full caption loses. A shorter one loses fewer:
-    its last slots are spare, and name positions that were kept or are padding.
+    `removed` has R = N - K slots. Patches fill them all. Of tokens a full caption does; a shorter
+    one loses fewer, and its last slots are spare: they name positions that were kept, or padding.
     """
 
     keep: torch.Tensor  # (B,K) positions that the encoder sees
@@ -250,7 +253,8 @@ class Attention(nn.Module):
         """x (B,T,D), real (B,T) bool: what may be attended to, or None for all -> (B,T,D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B,T,3,heads,D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B,heads,T,D/heads)
-        attendable = None if real is None else real[:, None, None]  # padding is no key
+        # (B,1,1,T): nothing attends to padding.
+        attendable = None if real is None else real[:, None, None]
         if q.is_cpu:
             # Plain products: on a CPU SDPA is slow on short sequences (docs/results.md).
             scores = (q @ k.mT) * q.shape[-1] ** -0.5
@@ -307,8 +311,8 @@ class ImageEncoder(nn.Module):
         width = config.width
         patch = config.patch_size
         side = config.side()
-        # A convolution for timm's name and shapes alone; forward multiplies by its weight.
         self.patch_size = patch
+        # A convolution for timm's name and shapes alone; forward multiplies by its weight.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         # A row of zeros before the first: CLS has no position.
@@ -325,7 +329,7 @@ class ImageEncoder(nn.Module):
         where they are padding -> (B,1+K+M,D).
         """
         proj = self.patch_embed["proj"]
-        x = patchify(normalise(images), self.patch_size)  # (B,N,P*P*3)
+        x = patchify(normalise_images(images), self.patch_size)  # (B,N,P*P*3)
         position = self.pos_embed[:, 1:]
         if keep is not None:  # here a removed patch leaves, before it is projected
             x = take(x, keep)  # (B,K,P*P*3)
@@ -333,12 +337,12 @@ class ImageEncoder(nn.Module):
         # On patches a convolution is a matrix product.
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D,P*P*3), channel fastest
         x = F.linear(x, weight, proj.bias) + position  # (B,K,D)
-        cls = self.cls_token + self.pos_embed[:, :1]
+        cls = self.cls_token + self.pos_embed[:, :1]  # plus zeros, unless others were loaded
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B,1+K,D)
         real = None
         if text is not None:
-            # As many True before it as there are CLS and patches, which are never padding.
-            real = F.pad(text_real, (x.shape[1], 0), value=True)
+            # CLS and patches, which stand before the text, are never padding: True for each.
+            real = F.pad(text_real, (x.shape[1], 0), value=True)  # (B,1+K+M)
             x = torch.cat([x, text], dim=1)
         for block in self.blocks:
             x = block(x, real)
@@ -365,7 +369,7 @@ def no_padding(tokens, keep=None):
     """tokens (B,T), keep (B,K) or None for all -> (B,T or K) bool, True up to EOT."""
     if keep is None:
         keep = torch.arange(tokens.shape[1], device=tokens.device)
-    return keep <= caption_end(tokens)
+    return keep <= caption_end(tokens)  # (T,) or (B,K) against (B,1)
 
 
 class TextEncoder(nn.Module):
@@ -407,9 +411,9 @@ class Modality(nn.Module):
         N = masked.mask.shape[1]
         kept = self.embed(encoded)
         # scatter needs one type: under autocast kept is in bfloat16.
-        tokens = self.mask_token.to(kept.dtype).expand(len(kept), N, -1)
+        x = self.mask_token.to(kept.dtype).expand(len(kept), N, -1)
         place = masked.keep.unsqueeze(-1).expand_as(kept)
-        return tokens.scatter(1, place, kept) + self.position[:, :N]
+        return x.scatter(1, place, kept) + self.position[:, :N]
 
 
 class Decoder(nn.Module):
@@ -429,31 +433,34 @@ class Decoder(nn.Module):
         self.blocks = make_blocks(width, config.decoder_heads, config.decoder_depth)
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, image, encoded_image, text, encoded_text):
-        """image, text: Masked, or None for a modality that is left out; encoded_image,
-        encoded_text: (B,1+K,D), CLS first, and (B,K,D), each with its own K and D -> pixels
-        (B,R,P*P*3) of removed patches, logits (B,R,V) of removed tokens, each with its own R.
+    def forward(self, image_masked, encoded_image, text_masked, encoded_text):
+        """image_masked: Masked, or None where the image is left out, and with it
+        encoded_image: (B,1+K,D), CLS first;
+        text_masked: Masked, or None where the text is left out, and with it
+        encoded_text: (B,K,D), with a K and a D of its own
+        -> pixels (B,R,P*P*3) of removed patches, logits (B,R,V) of removed tokens, each with an R
+        of its own; None for what is left out.
         """
         parts = []
-        if image is not None:
+        if image_masked is not None:
             parts.append(self.image.embed(encoded_image[:, :1]))  # CLS, which has no position
-            parts.append(self.image.enter(encoded_image[:, 1:], image))
-        if text is not None:
-            parts.append(self.text.enter(encoded_text, text))
+            parts.append(self.image.enter(encoded_image[:, 1:], image_masked))
+        if text_masked is not None:
+            parts.append(self.text.enter(encoded_text, text_masked))
         x = torch.cat(parts, dim=1)  # (B,1+N+T,width) where nothing is left out
         real = None
-        if text is not None:
-            before = x.shape[1] - text.mask.shape[1]  # CLS and patches, which are never padding
-            real = F.pad(text.real, (before, 0), value=True)  # so many True before the text's
+        if text_masked is not None:
+            before = x.shape[1] - text_masked.mask.shape[1]  # CLS and patches, never padding
+            real = F.pad(text_masked.real, (before, 0), value=True)
         for block in self.blocks:
             x = block(x, real)
         x = self.norm(x)
         # Heads see the R removed positions alone: a whole vocabulary for each of T is dear.
         pixels = logits = None
-        if image is not None:
-            pixels = self.image.head(take(x[:, 1:], image.removed))
-        if text is not None:
-            logits = self.text.head(take(x[:, before:], text.removed))
+        if image_masked is not None:
+            pixels = self.image.head(take(x[:, 1:], image_masked.removed))
+        if text_masked is not None:
+            logits = self.text.head(take(x[:, before:], text_masked.removed))
         return pixels, logits
 
 
@@ -519,8 +526,8 @@ def masked_mean(errors, mask):
 
 
 def simclr_loss(a, b, temperature=0.1):
-    """NT-Xent (SimCLR): among the 2G views of all ranks' images each must find the other of its
-    image.
+    """NT-Xent (SimCLR): among the 2G views of all ranks' images each view must find the other view
+    of the same image.
 
     a, b (B,any): features of the first and the second views, normalised here -> 0-d.
     """
@@ -529,24 +536,24 @@ def simclr_loss(a, b, temperature=0.1):
         views = unit_norm(torch.stack([a, b], dim=1).flatten(0, 1))  # (2B,any)
         own = own_rows(views)
         logits = views @ gather(views).T / temperature  # (2B,2G)
-        logits = logits.scatter(1, own.unsqueeze(1), -math.inf)  # no view is its own other one
+        logits = logits.scatter(1, own.unsqueeze(1), -math.inf)  # a view may not find itself
         other = own ^ 1  # the last bit flipped: 2i <-> 2i + 1
         loss = F.cross_entropy(logits, other)
     return of_all_ranks(loss).mean()
 
 
 # Why two GPUs give the loss and the gradient of one, if each has as many rows as the other.
-# Forward, every rank computes the same number, the loss L of the whole batch: contrastive_loss and
-# simclr_loss score their own rows against the rows of all ranks and take the mean over ranks,
-# masked_mean divides a sum over all ranks by a count over all ranks.
-# Backward, each of the W ranks differentiates its copy of L, and gather brings home to each row r
-# the sum of what the W ranks found for it, W dL/dr. (of_all_ranks is a gather too: so the rows that
-# a rank uses directly, as in `images @ ...`, get the factor W as well.) What a rank w then has for
-# a parameter p is
+# Forward, every rank w has a part l_w of the loss, from its own rows and the gathered rows of all
+# others: its share of the image-caption pairs, or of the removed positions. of_all_ranks gathers
+# these parts, and their mean (in masked_mean their sum, over the count of all) is the loss L of the
+# whole batch: the same number on every rank.
+# Backward, each of the W ranks starts from its copy of L, and every gather, that in of_all_ranks
+# too, sums over the ranks what they found. So a row r receives the gradient of W copies, W dL/dr,
+# and so does the part l_w. What rank w then has for a parameter p is, from its own rows,
 #     g_w = sum over the rows r of rank w of W (dL/dr) (dr/dp),
 # and the mean over ranks, which DistributedDataParallel takes, is that of one GPU with all rows:
 #     (g_1 + ... + g_W) / W = sum over all rows r of (dL/dr) (dr/dp) = dL/dp.
-# The logit scale, of which every rank's part of the loss holds a copy, adds up in the same way.
+# The logit scale, which every l_w uses without a row, adds up in the same way.
 # All ranks must call a loss together. encode_image, encode_text and reconstruct call none of this.
 
 
@@ -559,8 +566,8 @@ def gather(x):
     """(B,...) -> (G,...): the rows of all ranks, in their order, with gradient."""
     if not dist.is_initialized():
         return x
-    # chunk does nothing here, but its backward pass is a cat, whose result is contiguous, as
-    # all_gather needs it before torch 2.13.
+    # chunk(1)[0] is x itself. But its backward pass is a cat, whose result is contiguous, as
+    # all_gather's backward pass needs it before torch 2.13.
     return all_gather(x, 0, dist.group.WORLD).chunk(1)[0]
 
 
@@ -588,8 +595,8 @@ def pool(encoded, how):
 
 
 def simclr_head(width):
-    """SLIP's head of three layers, with GELU for its ReLU, and LayerNorm for its SyncBatchNorm,
-    which would couple the samples of a batch."""
+    """SLIP's head of three layers, of width 4 D for its 4096, with GELU for its ReLU, and LayerNorm
+    for its SyncBatchNorm, which would couple the samples of a batch."""
     hidden = 4 * width
     layers = []
     for inputs in (width, hidden):
@@ -612,7 +619,7 @@ class MAECLIP(nn.Module):
         self.terms = terms  # {term: weight} of what is computed
         self.one_trunk = config.method == "m3ae" and "text" in terms
         self.has_decoder = "image" in terms or "text" in terms
-        # First, so that it does not depend on the random numbers that the layers below draw.
+        # Drawn before the layers are made, as their own initialisation draws random numbers too.
         seed = torch.randint(2**31, (), device="cpu").item()
         self.image_encoder = ImageEncoder(config)
         if self.one_trunk:
@@ -631,8 +638,8 @@ class MAECLIP(nn.Module):
         self.initialise(seed)
 
     def initialise(self, seed):
-        """Draws weights much as MAE does, each by the seed and its own name: shared parts start
-        alike."""
+        """Draws weights much as MAE does, each by the seed and its own name: what two methods
+        share starts equal."""
         for name, parameter in self.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             if "token" in name or "position" in name:  # CLS, mask tokens, embeddings, positions
@@ -667,85 +674,91 @@ class MAECLIP(nn.Module):
         return unit_norm(self.text_proj(at_end))
 
     def masked_pass(self, images, tokens, image_noise, text_noise):
-        """Removes patches and tokens, encodes what is left, predicts the rest -> image, text:
-        Masked; encoded_image (B,1+K,D); pixels, logits as from Decoder. A modality whose
-        reconstruction has no weight has None for each. m3ae without image weight fails."""
-        config = self.config
-        image = text = encoded_image = encoded_text = None
+        """Removes patches and tokens, encodes what is left, predicts the rest ->
+        image_masked, text_masked: Masked; None for a modality whose reconstruction has no weight;
+        encoded_image: (B,1+K,D), or None;
+        pixels, logits: as from Decoder. m3ae without image weight fails."""
+        image_masked = text_masked = encoded_image = encoded_text = None
         if "image" in self.terms:
-            keep, mask = random_mask(image_noise, config.mask_ratio)
-            image = record_mask(keep, mask, None)
+            keep, mask = random_mask(image_noise, self.config.mask_ratio)
+            image_masked = record_mask(keep, mask, None)
         if "text" in self.terms:
-            keep, mask = random_text_mask(text_noise, tokens, config.text_mask_ratio)
-            text = record_mask(keep, mask, no_padding(tokens))
+            keep, mask = random_text_mask(text_noise, tokens, self.config.text_mask_ratio)
+            text_masked = record_mask(keep, mask, no_padding(tokens))
         if self.one_trunk:  # m3ae
-            words = self.text_embed(tokens, text.keep)
-            both = self.image_encoder(images, image.keep, words, no_padding(tokens, text.keep))
-            encoded_image, encoded_text = both.tensor_split([1 + image.keep.shape[1]], dim=1)
+            words = self.text_embed(tokens, text_masked.keep)
+            both = self.image_encoder(
+                images, image_masked.keep, words, no_padding(tokens, text_masked.keep)
+            )
+            encoded_image, encoded_text = both.tensor_split([1 + image_masked.keep.shape[1]], dim=1)
         else:
-            if image is not None:
-                encoded_image = self.image_encoder(images, image.keep)
-            if text is not None:
-                encoded_text = self.text_encoder(tokens, text.keep)
-        predictions = self.decoder(image, encoded_image, text, encoded_text)
-        return image, text, encoded_image, *predictions
+            if image_masked is not None:
+                encoded_image = self.image_encoder(images, image_masked.keep)
+            if text_masked is not None:
+                encoded_text = self.text_encoder(tokens, text_masked.keep)
+        predictions = self.decoder(image_masked, encoded_image, text_masked, encoded_text)
+        return image_masked, text_masked, encoded_image, *predictions
 
     def outputs(self, images, tokens, image_noise, text_noise, *views):
         """Everything that the losses are computed from, by name, a row for each sample."""
         config = self.config
-        images = normalise(images)  # once: the encoder leaves floats as they are
-        image = text = None
-        outputs = {}
+        images = normalise_images(images)  # once: the encoder leaves floats as they are
+        image_masked = text_masked = None
+        found = {}
         if self.has_decoder:
-            image, text, encoded_image, pixels, logits = self.masked_pass(
+            image_masked, text_masked, encoded_image, pixels, logits = self.masked_pass(
                 images, tokens, image_noise, text_noise
             )
-        if image is not None:
-            target = take(patchify(images, config.patch_size), image.removed)  # (B,R,P*P*3)
-            outputs["image_error"] = image_error(pixels, target, config.norm_pix)  # (B,R)
-            outputs["image_counted"] = image.mask.gather(1, image.removed)  # (B,R), all True
-        if text is not None:
-            outputs["text_error"] = text_error(logits, tokens.gather(1, text.removed))  # (B,R)
-            outputs["text_counted"] = text.mask.gather(1, text.removed)  # False at spare ones
+        if image_masked is not None:
+            target = take(patchify(images, config.patch_size), image_masked.removed)  # (B,R,P*P*3)
+            found["image_error"] = image_error(pixels, target, config.norm_pix)  # (B,R)
+            found["image_counted"] = image_masked.mask.gather(1, image_masked.removed)  # all True
+        if text_masked is not None:
+            found["text_error"] = text_error(logits, tokens.gather(1, text_masked.removed))  # (B,R)
+            # (B,R), False at spare slots
+            found["text_counted"] = text_masked.mask.gather(1, text_masked.removed)
         if "contrastive" in self.terms:
             ratio = config.contrastive_mask_ratio
             if ratio == 0:
                 seen = self.image_encoder(images)
-            elif image is not None and ratio == config.mask_ratio:
+            elif image_masked is not None and ratio == config.mask_ratio:
                 seen = encoded_image  # one masked pass serves both losses
-            else:
+            else:  # by the same noise, so that of two masks one holds the other
                 keep, _ = random_mask(image_noise, ratio)
                 seen = self.image_encoder(images, keep)
-            outputs["image_features"] = self.image_feature(seen)  # (B,E)
-            outputs["text_features"] = self.encode_text(tokens)
+            found["image_features"] = self.image_feature(seen)  # (B,E)
+            found["text_features"] = self.encode_text(tokens)
         if "simclr" in self.terms:
             encoded = self.image_encoder(torch.cat(views))  # (2B,1+N,D), the first views first
             projected = self.simclr_head(pool(encoded, config.pool))
-            outputs["first_views"], outputs["second_views"] = projected.chunk(2)
-        return outputs
+            found["first_views"], found["second_views"] = projected.chunk(2)
+        return found
 
     def losses(self, outputs):
-        """outputs -> {term: 0-d} of the unweighted terms, and `loss`, their weighted sum."""
-        losses = {}
+        """What `outputs` gives -> {term: 0-d} of the unweighted terms, and `loss`, their weighted
+        sum."""
+        found = {}
         if "image_features" in outputs:
-            losses["contrastive"] = contrastive_loss(
+            found["contrastive"] = contrastive_loss(
                 outputs["image_features"], outputs["text_features"], self.logit_scale.exp()
             )
         if "image_error" in outputs:
-            losses["image"] = masked_mean(outputs["image_error"], outputs["image_counted"])
+            found["image"] = masked_mean(outputs["image_error"], outputs["image_counted"])
         if "text_error" in outputs:
-            losses["text"] = masked_mean(outputs["text_error"], outputs["text_counted"])
+            found["text"] = masked_mean(outputs["text_error"], outputs["text_counted"])
         if "first_views" in outputs:
-            losses["simclr"] = simclr_loss(outputs["first_views"], outputs["second_views"])
-        losses["loss"] = sum(weight * losses[term] for term, weight in self.terms.items())
-        return losses
+            found["simclr"] = simclr_loss(outputs["first_views"], outputs["second_views"])
+        found["loss"] = sum(weight * found[term] for term, weight in self.terms.items())
+        return found
 
     def forward(self, images, tokens, image_noise=None, text_noise=None, views=None):
-        """images (B,3,H,W) uint8 or normalised float, tokens (B,T), whose values mae ignores;
-        image_noise (B,N) and text_noise (B,T), uniform, decide what is removed (None: torch's
-        global generator); views: a pair of image batches, for slip -> {term: 0-d} of the
-        unweighted terms that apply, and `loss`."""
-        noise = self.noise(images, tokens, image_noise, text_noise)
+        """images: (B,3,H,W) uint8 or normalised float;
+        tokens: (B,T), whose values mae ignores;
+        image_noise, text_noise: (B,N), (B,T), uniform: decide what is removed; None: drawn from
+        torch's global generator;
+        views: a pair of image batches, for slip
+        -> {term: 0-d} of the unweighted terms that apply, and `loss`, their weighted sum."""
+        noise = self.draw_noise(images, tokens, image_noise, text_noise)
         batch = [images, tokens, *noise, *(views or ())]
         if self.config.accumulate == 1:
             return self.losses(self.outputs(*batch))
@@ -758,7 +771,7 @@ class MAECLIP(nn.Module):
             found.append(checkpoint(self.outputs, *rows, use_reentrant=False))
         return self.losses({name: torch.cat([part[name] for part in found]) for name in found[0]})
 
-    def noise(self, images, tokens, image_noise, text_noise):
+    def draw_noise(self, images, tokens, image_noise, text_noise):
         """The noise that was given, drawn where it is None."""
         if image_noise is None:
             patches = self.config.side() ** 2
@@ -780,9 +793,9 @@ class MAECLIP(nn.Module):
             raise ValueError(
                 f"this {self.config.method} has no reconstruction loss: it has no decoder"
             )
-        noise = self.noise(images, tokens, image_noise, text_noise)
-        image, text, _, pixels, logits = self.masked_pass(images, tokens, *noise)
-        patches = patchify(normalise(images), self.config.patch_size)
+        noise = self.draw_noise(images, tokens, image_noise, text_noise)
+        image_masked, text_masked, _, pixels, logits = self.masked_pass(images, tokens, *noise)
+        patches = patchify(normalise_images(images), self.config.patch_size)
         patches = patch_targets(patches, self.config.norm_pix)
         found = {
             "image": patches,
@@ -790,14 +803,14 @@ class MAECLIP(nn.Module):
             "text": tokens,
             "text_mask": torch.zeros_like(tokens, dtype=torch.bool),
         }
-        if image is not None:
-            place = image.removed.unsqueeze(-1).expand_as(pixels)
+        if image_masked is not None:
+            place = image_masked.removed.unsqueeze(-1).expand_as(pixels)
             found["image"] = patches.scatter(1, place, pixels.to(patches.dtype))
-            found["image_mask"] = image.mask
-        if text is not None:
-            guess = tokens.scatter(1, text.removed, logits.argmax(dim=-1))
-            found["text"] = guess.where(text.mask, tokens)  # spare positions keep their token
-            found["text_mask"] = text.mask
+            found["image_mask"] = image_masked.mask
+        if text_masked is not None:
+            guess = tokens.scatter(1, text_masked.removed, logits.argmax(dim=-1))
+            found["text"] = guess.where(text_masked.mask, tokens)  # at spare slots the caption's
+            found["text_mask"] = text_masked.mask
         return found
 
 
@@ -836,7 +849,7 @@ class Config(ModelConfig):
     compile: bool | None = None  # torch.compile of the blocks; by default on CUDA, above width 256
     log_every: int = 50  # steps between lines of the log
     save_every: int = 500  # steps between checkpoints
-    data: str = ""  # shards (paths, folders, globs, {000..123}), joined by ::; empty: scenes
+    data: str = ""  # shards (paths, folders, globs, {000..123}, pipe:), joined by ::; "": scenes
     samples: int = 0  # train on so many samples of the data alone; 0: on all
     resample: bool = False  # draw shards with replacement, without end, and read them in sequence
     tokenizer: str = ""  # file that data.py tokenizer wrote; empty: learned from the captions
@@ -851,20 +864,20 @@ class Config(ModelConfig):
     optimizer: str = "muon"  # of linear layers' matrices: muon or adamw; all else has adamw
     lr: float = 1e-2  # peak learning rate
     warmup: int = 50  # steps of linear warm-up before the cosine to zero
-    weight_decay: float = 0.1  # of matrices only, by both optimisers
+    weight_decay: float = 0.1  # of linear, convolution and embedding weights, by both optimisers
 
     def __post_init__(self):
         """ValueError, of one line that names what does not fit."""
         for setting in fields(self):
             value = getattr(self, setting.name)
-            found = f"{flag(setting.name)} {value}"
+            given = f"{flag(setting.name)} {value}"
             if setting.name in CHOICES and value not in CHOICES[setting.name]:
-                raise ValueError(f"{found}: must be one of {', '.join(CHOICES[setting.name])}")
+                raise ValueError(f"{given}: must be one of {', '.join(CHOICES[setting.name])}")
             if setting.type in (int, float):
                 low = LOWEST.get(setting.name, 1 if setting.type is int else 0)
                 high = 1 if setting.name in SHARES else math.inf
                 if not low <= value <= high:
-                    raise ValueError(f"{found}: must be from {low:g} to {high}")
+                    raise ValueError(f"{given}: must be from {low:g} to {high}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"--patch-size {self.patch_size}: must divide {self.image_size} pixels"
@@ -885,7 +898,7 @@ CHOICES = {
     "precision": ["auto", "fp32", "bf16"],
     "optimizer": ["muon", "adamw"],
 }
-# The least values of some settings; of all others whole numbers start at 1, the rest at 0.
+# The least values of some numbers. Of those not listed the whole ones start at 1, the others at 0.
 LOWEST = {"batch_size": 2, "crop": 0.01, "context": 3, "vocab_size": 259}
 LOWEST |= dict.fromkeys("seed data_seed samples stop_after warmup workers".split(), 0)
 SHARES = "mask_ratio text_mask_ratio contrastive_mask_ratio crop".split()
@@ -963,7 +976,7 @@ def learning_rate(step, config):
 class Muon(torch.optim.Optimizer):
     """Moves matrices along their orthogonalised momentum (Jordan et al. 2024), by steps of
     AdamW's size. torch.optim.Muon computes in bfloat16, which a CPU without AVX512-BF16 or AMX
-    emulates: two seconds a step at `small` where float32 takes 0.03 to 0.6."""
+    emulates: two seconds for its step at `small`, where float32 takes 0.03 to 0.6."""
 
     @torch.no_grad()
     def step(self):
@@ -975,8 +988,8 @@ class Muon(torch.optim.Optimizer):
             momentum.lerp_(gradient, 0.05)  # 0.95 of the momentum, 0.05 of the gradient
             # Nesterov's look ahead: 0.05 of the gradient, 0.95 of the new momentum.
             direction = orthogonalise(gradient.lerp(momentum, 0.95))
-            # Entries of an orthogonal matrix are 1 / sqrt(longer side) in the root mean square,
-            # those of AdamW's step about 0.2.
+            # A step of AdamW has entries of about 0.2 in the root mean square, an orthogonal matrix
+            # of 1 / sqrt(longer side).
             size = 0.2 * max(parameter.shape) ** 0.5
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.sub_(direction, alpha=group["lr"] * size)
@@ -1002,7 +1015,7 @@ def make_optimizers(model, config):
         if parameter.ndim == 1 or not name.endswith("weight"):
             no_decay.append(parameter)  # biases, norms, tokens, positions, the logit scale
         elif parameter.ndim == 2 and "token" not in name and config.optimizer == "muon":
-            matrices.append(parameter)  # of linear layers; "token" is the token embedding
+            matrices.append(parameter)  # of linear layers: the token embedding is a table
         else:
             others.append(parameter)
     decay = config.weight_decay
@@ -1023,7 +1036,7 @@ def train_step(net, optimizers, autocast, batch):
     terms["loss"].backward()
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     row = torch.stack([*terms.values(), norm]).detach()
-    finite = row.isfinite().all().item()  # waits for the device: nothing measurable at `base`
+    finite = row.isfinite().all().item()  # waits for the device, without measurable cost at `base`
     for optimizer in optimizers:
         if finite:
             optimizer.step()
@@ -1116,7 +1129,7 @@ class Run:
 
 
 def checkpoints(out):
-    """The checkpoints of a run's folder, newest first."""
+    """The checkpoints of a run's folder, newest first; none where `out` is a file."""
     found = Path(out).glob("checkpoint-*.pt")
     return sorted(found, key=lambda path: -int(path.stem.split("-")[1]))
 
@@ -1157,7 +1170,7 @@ def read_checkpoint(path):
 def load(path, device="cpu"):
     """path of a checkpoint, or of a run's folder, which stands for its newest -> the model in eval
     mode, its tokenizer (None where there were no captions) and its Config."""
-    found = checkpoints(path)  # none, where the path is a checkpoint's
+    found = checkpoints(path)
     state = read_checkpoint(found[0] if found else path)
     model = MAECLIP(state["config"])
     model.load_state_dict(state["model"])
@@ -1188,8 +1201,8 @@ def open_run(config):
 
 
 def open_data(config, state):
-    """state: what open_run found -> the training Loader with its tokenizer, and the config: of the
-    built-in data with data and eval_data filled in, with the tokenizer's vocab_size."""
+    """state: what open_run found -> the training Loader with its tokenizer; the config with the
+    tokenizer's vocab_size and, where no data was given, the built-in data."""
     rank, world = ranks()
     if config.batch_size % world:
         raise DataError(
@@ -1234,7 +1247,8 @@ def training_batch(config, step, batch, device):
     takes its own."""
     rank, world = ranks()
     B, T = batch.tokens.shape
-    sizes = [config.side() ** 2, T, 12, 12]  # 12 for each of slip's two views
+    sizes = [config.side() ** 2, T, 12, 12]  # the last two for slip's views
+    # All of it is drawn for every method, so that methods have the same masks.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {step}".encode()))
     noise = torch.rand(world * B, sum(sizes), generator=generator).chunk(world)[rank]
     inputs = [batch.images, batch.tokens, noise]
@@ -1270,19 +1284,20 @@ def announce(run, device, autocast):
 
 def log(run, rows, seconds, waited):
     """Writes and shows a record of the last steps: means of their rows from train_step, where these
-    are finite, and rates -> True. Where not one is finite: None, or DataError from ten steps on."""
+    are finite, and rates -> was it written. It is not where no step was finite; from ten such steps
+    on that is a DataError."""
     config = run.config
     good = [row for row in rows if row is not None]
     if not good:
-        if len(rows) < 10:  # too few to judge by: the next line is of these steps, too
-            return
+        if len(rows) < 10:  # too few to judge by: the next record is of these steps, too
+            return False
         raise DataError(f"step {run.step}: no loss of {len(rows)} steps was finite; lower --lr")
     means = torch.stack(good).mean(dim=0).tolist()
     record = {
         "step": run.step,
         "epoch": run.loader.epochs(run.step),
         "pairs": run.step * config.batch_size,
-        # In the order of MAECLIP.losses, which is that of METHODS; train_step adds the last.
+        # In train_step's order: what MAECLIP.losses gives, in the order of METHODS, then the norm.
         **dict(zip([*config.weights(), "loss", "grad_norm"], means, strict=True)),
         "lr": learning_rate(run.step - 1, config),
         "skipped": len(rows) - len(good),
@@ -1307,14 +1322,14 @@ def fit(run, net, device, autocast):
     config = run.config
     rank, world = ranks()
     last = min(config.steps, config.stop_after or config.steps)
-    signals = [0]  # numbers of those that came; 0: none
+    signals = [0]  # the numbers of those that came, after a 0, so that there is a largest
     previous = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, lambda came, _: signals.append(came))
-    # None: shown where stderr is a terminal.
+    # disable=None hides the bar where stderr is no terminal.
     bar = tqdm(total=config.steps, initial=run.step, disable=rank > 0 or None)
-    # batches() counts a stream's shards, as `position` does, or steps: of local shards, whose
-    # position is always 0.
+    # A stream's batches start at a shard, the one in `position`; those of local shards, whose
+    # position is always 0, at a step.
     batches = run.loader.batches(run.loader.position or run.step)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
     try:
@@ -1337,7 +1352,8 @@ def fit(run, net, device, autocast):
                 if log(run, rows, seconds, waited):
                     run.seconds += seconds
                     since, waited, rows = time.time(), 0.0, []
-            # Several processes must stop at the same step; to agree on it at each would cost time.
+            # Several processes must stop at the same step. To agree on it at each would cost time,
+            # so they do when they log.
             if run.step < last and (logging or world == 1):
                 stopped = int(gather(torch.tensor([max(signals)], device=device)).max())
             if rank == 0 and run.step % config.save_every == 0:
@@ -1400,8 +1416,8 @@ def train(config):
 
 @cache
 def comments(kind):
-    """{field: the comment beside it}, so that --help says what a reader of the class sees: each
-    field on a line, its comment after two spaces."""
+    """{field: the comment beside it}, so that --help says what a reader of the class sees. It is
+    read from the source: each field stands on one line, its comment after two spaces."""
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.MULTILINE))
 
 
@@ -1440,7 +1456,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # eval.py imports this file as mae_clip: its classes are used here, too, and no second ones.
+    # eval.py imports this file as mae_clip. So main runs from there, lest there be two of each
+    # class, __main__'s and mae_clip's.
     from mae_clip import main
 
     main()

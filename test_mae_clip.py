@@ -388,12 +388,12 @@ def test_unpatchify_is_the_inverse_of_patchify_for_rectangles_too():
 def test_uint8_images_are_normalised_by_imagenets_mean_and_deviation():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(1, 3, 1, 1)
     wanted = [(0 - 0.485) / 0.229, (0.2 - 0.456) / 0.224, (1 - 0.406) / 0.225]
-    assert mae_clip.normalise(images).flatten().tolist() == pytest.approx(wanted, rel=1e-6)
+    assert mae_clip.normalise_images(images).flatten().tolist() == pytest.approx(wanted, rel=1e-6)
 
 
 def test_float_images_are_taken_as_normalised():
     images = torch.randn(2, 3, 4, 4)
-    assert mae_clip.normalise(images) is images
+    assert mae_clip.normalise_images(images) is images
 
 
 def test_sincos_positions_follow_the_formula_with_columns_in_the_first_half():
@@ -692,7 +692,9 @@ def test_the_trunk_of_m3ae_sees_cls_visible_patches_and_visible_words_in_one_seq
     trunk = model.image_encoder
     keep_image = random_mask(image_noise, 0.75)[0]
     keep_text = random_text_mask(text_noise, tokens, 0.75)[0]
-    embedded = trunk.patch_embed["proj"](mae_clip.normalise(images)).flatten(2).transpose(1, 2)
+    embedded = (
+        trunk.patch_embed["proj"](mae_clip.normalise_images(images)).flatten(2).transpose(1, 2)
+    )
     for row in range(6):
         sequence = [trunk.cls_token[0, 0]]
         for n in keep_image[row]:
@@ -1010,7 +1012,7 @@ def test_a_method_without_decoder_says_so(method):
 def test_uint8_images_are_normalised_inside_the_model():
     batch = example()
     model = tiny()
-    normalised = mae_clip.normalise(batch[0])
+    normalised = mae_clip.normalise_images(batch[0])
     assert_equal(model(normalised, *batch[1:]), model(*batch))
     assert torch.equal(model.encode_image(normalised), model.encode_image(batch[0]))
 
@@ -1021,7 +1023,7 @@ def test_reconstruct_shows_the_truth_where_visible_in_the_space_of_the_loss(meth
     images, tokens, image_noise, text_noise, _ = example()
     model = tiny(method, norm_pix=norm_pix)
     found = model.reconstruct(images, tokens, image_noise, text_noise)
-    truth = mae_clip.patchify(mae_clip.normalise(images), 8)
+    truth = mae_clip.patchify(mae_clip.normalise_images(images), 8)
     if norm_pix:
         truth = mae_clip.patch_targets(truth)
     visible = ~found["image_mask"]
@@ -1035,7 +1037,7 @@ def test_reconstruct_shows_of_removed_patches_what_the_loss_saw(method, norm_pix
     images, tokens, image_noise, text_noise, _ = example()
     model = tiny(method, norm_pix=norm_pix)
     found = model.reconstruct(images, tokens, image_noise, text_noise)
-    patches = mae_clip.patchify(mae_clip.normalise(images), 8)
+    patches = mae_clip.patchify(mae_clip.normalise_images(images), 8)
     errors = mae_clip.image_error(found["image"], patches, norm_pix)
     loss = mae_clip.masked_mean(errors, found["image_mask"])
     terms = model(images, tokens, image_noise, text_noise)
@@ -1314,8 +1316,8 @@ def test_pieces_give_the_losses_and_gradients_of_the_whole_batch(
 ):
     dtype = getattr(torch, dtype)
     images, tokens, image_noise, text_noise, views = example(8)
-    images = mae_clip.normalise(images).to(dtype)
-    views = [mae_clip.normalise(view).to(dtype) for view in views]
+    images = mae_clip.normalise_images(images).to(dtype)
+    views = [mae_clip.normalise_images(view).to(dtype) for view in views]
     models = []
     for count in (1, pieces):
         model = tiny(method, accumulate=count, contrastive_mask_ratio=ratio).to(dtype)
@@ -2028,7 +2030,7 @@ def sections_needed(title, sections):
 USES = {
     "Configuration of the model": "ModelConfig().weights()",
     "Patches and positions": """
-unpatchify(patchify(normalise(images), 8), 8, 32, 32)
+unpatchify(patchify(normalise_images(images), 8), 8, 32, 32)
 sincos_2d(8, 2, 3)
 """,
     "Masks": """
@@ -2165,7 +2167,7 @@ def test_the_image_encoder_equals_transformers_vit():
     ours.pos_embed = peer.embeddings.position_embeddings.data
     copy_blocks(ours.blocks, peer.layers)
     ours.norm.load_state_dict(peer.layernorm.state_dict())
-    images = mae_clip.normalise(example()[0])
+    images = mae_clip.normalise_images(example()[0])
     assert torch.allclose(ours(images), peer(images).last_hidden_state, atol=1e-5)
 
 
@@ -2200,7 +2202,7 @@ def test_the_masked_encoder_the_decoder_and_the_loss_equal_transformers_mae():
     model.decoder.norm.load_state_dict(peer.decoder.decoder_norm.state_dict())
 
     images, tokens, noise, text_noise, _ = example()
-    images = mae_clip.normalise(images)
+    images = mae_clip.normalise_images(images)
     hidden = theirs(images, noise=noise).last_hidden_state
     assert torch.allclose(ours(images, random_mask(noise, 0.75)[0]), hidden, atol=1e-5)
     loss = model(images, tokens, noise, text_noise)["image"]

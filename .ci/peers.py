@@ -76,7 +76,7 @@ def main():
     images = torch.randint(256, (B, 3, config.image_size, config.image_size), dtype=torch.uint8)
     tokens = Tokenizer([]).batch(["a photo of a dog on the grass"] * B, config.context)
     batch = mae_clip.training_batch(config, 0, Batch(images, tokens, ()), device)
-    pixels = mae_clip.normalise(batch[0])
+    pixels = mae_clip.normalise_images(batch[0])
     theirs = []
     for peer in peers(config):
         peer = peer.to(device)
