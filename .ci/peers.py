@@ -68,7 +68,6 @@ def main():
     flags += ["--method", "mae_clip", "--text-weight", "0", "--optimizer", "adamw"]
     config = mae_clip.parse(flags)
     device, autocast = mae_clip.pick_device(config)
-    mae_clip.keep_memory()
     model = mae_clip.MAECLIP(config).to(device)
     mae_clip.compile_blocks(model, config, device)
     optimizers = mae_clip.make_optimizers(model, config)
