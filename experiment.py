@@ -179,7 +179,9 @@ class Runner:
     def run(self, key):
         """One run from its start or its newest checkpoint to its results -> its row; DataError
         where it failed."""
-        folder = self.out / re.sub(r"[^\w.@=-]", "_", "-".join(key))
+        # Named by the steps too: mae_clip.py --resume gives a finished run more, if it is told to.
+        name = "-".join([*key, settings(key, self.flags)["steps"]])
+        folder = self.out / re.sub(r"[^\w.@=-]", "_", name)
         slot = self.slots.get()
         command, environment = launch(slot, self.jobs)
         command = [*command, *run_flags(key, self.flags), "--out", str(folder), "--resume"]
@@ -491,8 +493,12 @@ def parse(argv):
         text += ", with commas between (default: %(default)s)"
         parser.add_argument(f"--{name}", type=kind, default=value, help=text)
     jobs = torch.cuda.device_count() or os.cpu_count()
-    text = "runs at a time, which share cores and GPUs (default: %(default)s)"
-    parser.add_argument("--jobs", type=int, default=jobs, help=text)
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=jobs,
+        help="runs at a time, which share cores and GPUs (default: %(default)s)",
+    )
     parser.add_argument("--out", default="runs/experiment", help="folder (default: %(default)s)")
     if "--quick" in argv:
         parser.set_defaults(**QUICK)
@@ -535,19 +541,15 @@ def run(argv):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     runner = Runner(out, flags, args.jobs)
-    own = out / "experiment.csv"
-    tables = [*args.csv]
-    if own.exists():
-        tables.append(own)
     rows = {}
-    for path in tables:
+    for path in (*args.csv, *out.glob("experiment.csv")):
         rows |= read_rows(path, args.method, flags)
     missing = [key for key in wanted if key not in rows]
     say(f"{len(wanted)} runs, {len(missing)} of them still to be made, {args.jobs} at a time")
     if missing and not config.data:
         data.builtin(config.scenes, config.data_seed)  # lest each run draws them
     failed = runner.run_all(missing, rows)
-    write_rows(own, rows)
+    write_rows(out / "experiment.csv", rows)
     table = make_table(rows, args.method, "markdown")
     (out / "experiment.md").write_text(table + "\n", encoding="utf-8")
     drawing = draw_figure(rows, args.method)

@@ -893,7 +893,7 @@ class Config(ModelConfig):
 
 
 CHOICES = {
-    "method": list(METHODS),
+    "method": METHODS,
     "pool": ["gap", "max", "cls"],
     "precision": ["auto", "fp32", "bf16"],
     "optimizer": ["muon", "adamw"],
@@ -1109,8 +1109,8 @@ def keep_memory():
 # What may differ between a run and its continuation with --resume: all other settings must be the
 # same. --data may be another path to the same samples: open_data compares the shards' sizes and the
 # samples' keys (of streams the shards' names). The tokenizer, and with it vocab_size, is the
-# checkpoint's.
-MAY_CHANGE = set(
+# checkpoint's. A run that came to its last step may be given more.
+MAY_CHANGE = (
     "out resume device precision compile log_every save_every data eval_data workers stop_after "
     "tokenizer vocab_size accumulate".split()
 )
@@ -1130,8 +1130,7 @@ class Run:
 
 def checkpoints(out):
     """The checkpoints of a run's folder, newest first; none where `out` is a file."""
-    found = Path(out).glob("checkpoint-*.pt")
-    return sorted(found, key=lambda path: -int(path.stem.split("-")[1]))
+    return sorted(Path(out).glob("checkpoint-*.pt"), key=lambda path: -int(path.stem.split("-")[1]))
 
 
 def save_checkpoint(run):
@@ -1189,8 +1188,15 @@ def open_run(config):
         return None
     state = read_checkpoint(checkpoints(out)[0])
     then = asdict(state["config"])
-    now = asdict(config)
-    other = [name for name in now if name not in MAY_CHANGE and then[name] != now[name]]
+    if config.steps > state["step"] == then["steps"]:
+        print(
+            f"trained for {then['steps']:,} steps, and now for more: the learning rate rises to "
+            f"where it would be had --steps been {config.steps:,}"
+        )
+        del then["steps"]
+    other = [
+        name for name in then if name not in MAY_CHANGE and then[name] != getattr(config, name)
+    ]
     if other:
         flags = " ".join(f"{flag(name)} {then[name]}" for name in other)
         raise DataError(f"{out}: was trained with {flags}; give that, or another --out")
@@ -1311,8 +1317,10 @@ def log(run, rows, seconds, waited):
         with open(f"{config.out}/log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
         terms = "  ".join(f"{name} {record[name]:.3f}" for name in config.weights())
-        speed = f"{record['pairs_per_second']:.0f} pairs/s  {record['waiting']:.0%} waiting"
-        tqdm.write(f"step {run.step:,}  {terms}  {speed}")
+        tqdm.write(
+            f"step {run.step:,}  {terms}  {record['pairs_per_second']:.0f} pairs/s  "
+            f"{record['waiting']:.0%} waiting"
+        )
     return True
 
 
@@ -1430,12 +1438,12 @@ def parse(argv=None):
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--scale", default="small", choices=SCALES, help="preset (small)")
+    parser.add_argument("--scale", default="small", help="tiny, small, base or large (small)")
     for kind in (ModelConfig, Config):
         group = parser.add_argument_group(f"{kind.__name__} (in brackets the defaults of small)")
         for name, text in comments(kind).items():
             setting = Config.__dataclass_fields__[name]
-            options = {"type": setting.type, "choices": CHOICES.get(name)}
+            options = {"type": setting.type}
             if setting.type in (bool, bool | None):
                 options = {"action": argparse.BooleanOptionalAction}
             group.add_argument(flag(name), help=f"{text} ({setting.default})", **options)

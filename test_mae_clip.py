@@ -3607,6 +3607,31 @@ def test_samples_trains_on_so_many_of_the_data_alone(tmp_path):
     assert [record["epoch"] for record in logged(tmp_path / "run")] == [1, 2]
 
 
+def test_a_finished_run_can_be_given_more_steps_and_goes_on_by_their_schedule(tmp_path):
+    flags = (*TINY, "--method", "clip", "--warmup", 0, "--log-every", 1, "--out", tmp_path / "run")
+    run(*flags, "--steps", 2)
+    done = run(*flags, "--steps", 4, "--resume")
+    assert "trained for 2 steps, and now for more" in done.stdout
+    records = logged(tmp_path / "run")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    config = mae_clip.load(tmp_path / "run")[2]
+    assert config.steps == 4
+    assert [record["lr"] for record in records[2:]] == [
+        mae_clip.learning_rate(step, config) for step in (2, 3)
+    ]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 4
+
+
+@pytest.mark.parametrize("stop_after, steps", [(2, 8), (0, 3)])
+def test_a_run_is_not_made_shorter_nor_longer_before_it_came_to_its_end(
+    tmp_path, stop_after, steps
+):
+    flags = (*TINY, "--method", "clip", "--out", tmp_path / "run")
+    run(*flags, "--steps", 4, "--stop-after", stop_after)
+    refused = run(*flags, "--steps", steps, "--resume", code=2)
+    assert "was trained with --steps 4" in said_in_one_line(refused)
+
+
 def test_the_logit_scale_stays_between_1_and_100(tmp_path):
     flags = (*TINY, "--method", "clip", "--lr", 5.0, "--warmup", 0, "--steps", 3)
     run(*flags, "--stop-after", 2, "--out", tmp_path / "run")
@@ -3931,10 +3956,10 @@ def test_the_experiment_makes_every_run_of_its_grid_and_a_row_of_each(stand_in, 
 def test_what_is_known_is_not_run_again_whether_here_or_in_another_table(stand_in, tmp_path):
     few = [*GRID[:5], "1,2", *GRID[6:], "--out", str(tmp_path / "a")]
     experiment.run(few)
-    before = (tmp_path / "a" / "clip-1000-gap-1.log").read_text()
+    before = (tmp_path / "a" / "clip-1000-gap-1-60.log").read_text()
     experiment.run([*GRID, "--out", str(tmp_path / "a")])
-    assert (tmp_path / "a" / "clip-1000-gap-1.log").read_text() == before
-    assert (tmp_path / "a" / "clip-1000-gap-3.log").exists()
+    assert (tmp_path / "a" / "clip-1000-gap-1-60.log").read_text() == before
+    assert (tmp_path / "a" / "clip-1000-gap-3-60.log").exists()
     tables = ["--csv", str(tmp_path / "a" / "experiment.csv"), "--out", str(tmp_path / "b")]
     experiment.run([*GRID, *tables])
     assert not list((tmp_path / "b").glob("*.log"))
@@ -3983,7 +4008,7 @@ def test_an_experiment_that_is_interrupted_ends_its_runs_and_goes_on_with_them(
     grid = [*GRID, "--lr", "8", "--jobs", "2", "--out", str(tmp_path)]
 
     def interrupt():
-        while len(list(tmp_path.glob("*-gap-1"))) < 2:  # two runs have begun
+        while len(list(tmp_path.glob("*-gap-1-60"))) < 2:  # two runs have begun
             time.sleep(0.05)
         os.kill(os.getpid(), number)
 
@@ -3993,11 +4018,11 @@ def test_an_experiment_that_is_interrupted_ends_its_runs_and_goes_on_with_them(
         experiment.run(grid)
     thread.join()
     begun = {path.name for path in tmp_path.glob("*-gap-*") if path.is_dir()}
-    assert begun == {"clip-1000-gap-1", "mae_clip-1000-gap-1"}
+    assert begun == {"clip-1000-gap-1-60", "mae_clip-1000-gap-1-60"}
     for name in begun:  # so the next sitting resumes them
         assert (tmp_path / f"{name}.log").read_text().split()[-1] == "--resume"
     for key in itertools.product(["clip", "mae_clip"], ["1000", "2000"], "123"):
-        (tmp_path / f"{key[0]}-{key[1]}-gap-{key[2]}").mkdir(exist_ok=True)
+        (tmp_path / f"{key[0]}-{key[1]}-gap-{key[2]}-60").mkdir(exist_ok=True)
     experiment.run(grid)
     assert len((tmp_path / "experiment.csv").read_text().splitlines()) == 1 + 12
 
@@ -4005,7 +4030,7 @@ def test_an_experiment_that_is_interrupted_ends_its_runs_and_goes_on_with_them(
 def test_a_sitting_waits_for_another_in_its_folder_and_for_runs_that_one_left_behind(
     stand_in, tmp_path, capsys
 ):
-    folder = tmp_path / "clip-1000-gap-1"
+    folder = tmp_path / "clip-1000-gap-1-60"
 
     def sit():
         experiment.Runner(tmp_path, ["--scale", "tiny"], 1).run(("clip", "1000", "gap", "1"))
@@ -4028,7 +4053,7 @@ def test_a_run_holds_the_lock_of_its_folder_and_says_its_own_error(stand_in, tmp
     show = "import os; print('Error:', os.fstat(0).st_ino, flush=True); raise SystemExit(1)"
     command = [sys.executable, "-c", show]
     monkeypatch.setattr(experiment, "launch", lambda slot, jobs: (command, dict(os.environ)))
-    (tmp_path / "clip-1000-gap-1.log").write_text("Error: of an earlier sitting\n")
+    (tmp_path / "clip-1000-gap-1-60.log").write_text("Error: of an earlier sitting\n")
     runner = experiment.Runner(tmp_path, ["--scale", "tiny"], 1)
     with pytest.raises(DataError, match=f"Error: {(tmp_path / 'lock').stat().st_ino};"):
         runner.run(("clip", "1000", "gap", "1"))
@@ -4156,7 +4181,7 @@ def test_the_experiment_trains_and_scores_as_a_user_types_it(tmp_path):
     done = python(evaluation.__file__, "experiment", *TINY, "--steps", 2, *grid)
     assert done.returncode == 0, done.stderr
     assert "zero-shot accuracy" in done.stdout and "None" not in done.stdout
-    results = json.loads((tmp_path / "clip-100-cls-7" / "results.json").read_text())
+    results = json.loads((tmp_path / "clip-100-cls-7-2" / "results.json").read_text())
     assert results["config"]["samples"] == 100 and results["config"]["pool"] == "cls"
     with (tmp_path / "experiment.csv").open(newline="") as file:
         rows = {row["arm"]: row for row in csv.DictReader(file)}
