@@ -147,7 +147,7 @@ def grouped(file):
                 key = name[1]
                 sample.setdefault(name[2].lower(), (info.offset_data, info.size))
                 cause = None
-            # tarfile takes a damaged header, or none, for the end; a true end is zeros.
+            # Where a header is damaged or missing, tarfile stops as at the end; a true end is zeros.
             rest = read(file, tar.offset, 1 << 20)
             if len(rest) < 512 or rest.strip(b"\0"):
                 cause = "tar breaks off"
@@ -189,8 +189,9 @@ def read_samples(source, strict=False):
 
 
 def captions(sample):
-    """A raw sample's captions: the lines of its txt that are not empty; the field `caption` of its
-    json, a text or a list of them, where there are none, or where that has a line break."""
+    """A raw sample's captions: the lines of its txt that are not empty. The field `caption` of its
+    json, a text or a list of them, counts instead where there are no such lines or where it has a
+    line break."""
     lines = LINE_BREAK.split(sample.get("txt", b"").decode("utf-8-sig", "replace"))
     lines = [line.strip() for line in lines if line.strip()]
     noted = []
@@ -198,7 +199,7 @@ def captions(sample):
         field = json.loads(sample["json"])["caption"]
         texts = field if isinstance(field, list) else [field]
         noted = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-    # img2dataset writes one caption to both files: line breaks in the json's are part of it.
+    # img2dataset writes a caption to both files: where it has line breaks, the txt looks like many.
     if lines and not any("\n" in text for text in noted):
         return lines
     return [LINE_BREAK.sub(" ", text) for text in noted]
@@ -359,11 +360,13 @@ class Tokenizer:
         words = [as_word(piece) for piece, _ in common]
         times = [number for _, number in common]
 
+        # A merge changes only the words that hold its pair: their pairs are subtracted from the
+        # counts before, and added after.
         counts = Counter()  # of pairs
         where = defaultdict(set)  # pair -> the words that have held it
-        changed = set()  # pairs that were counted anew
+        changed = set()  # pairs that the last merge counted anew
 
-        def count(n, sign):
+        def count(n, sign):  # of word n
             for pair in pairs_of(words[n]):
                 counts[pair] += sign * times[n]
                 where[pair].add(n)
@@ -371,8 +374,8 @@ class Tokenizer:
 
         for n in range(len(words)):
             count(n, 1)
-        # The most frequent pair comes first, the smallest ids among equals. A count in the heap may
-        # be out of date: it is passed over, as a newer one is there too.
+        # The heap gives the most frequent pair first, the smallest ids among equals. Each change of
+        # a count adds an entry to it, so entries with an older count are passed over.
         heap = sorted((-number, pair) for pair, number in counts.items())
         merges = []
         while heap and heap[0][0] < -1 and len(merges) < vocab_size - 259:
@@ -431,7 +434,7 @@ class Tokenizer:
 
 
 # --- Index ----------------------------------------------------------------------------------------
-INDEXED = ("jpg", "txt", "json")  # the fields of which an index holds the places
+INDEXED = ("jpg", "txt", "json")  # the fields whose places an index holds; jpg: of any image
 NOWHERE = (0, 0)
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what is found near the end of a whole file
 
@@ -658,7 +661,7 @@ class Loader:
         return self.reader.epoch_size
 
     def epochs(self, step):
-        """How often the data have been gone through after that step."""
+        """How often the data have been gone through after that step; a stream's by this rank."""
         return (self.position if self.stream else step) / self.reader.epoch_size
 
     def about(self):
@@ -773,8 +776,9 @@ def simclr_view(images, noise):
     the crop's aspect, and its blur; contrast is about middle grey, grey the mean of the colours."""
     chance = noise.T  # (12,B)
     side = (0.08 + 0.92 * chance[0]).sqrt()  # of the crop, as a share of the image's
-    width = torch.where(chance[1] < 0.5, -side, side)  # below 0: flipped
-    left, top = (1 - side) * (2 * chance[2:4] - 1)  # of its middle, from -1 to 1 in the image
+    width = torch.where(chance[1] < 0.5, -side, side)  # a negative one flips the view
+    # Of the crop's middle: the image reaches from -1 to 1, so a crop has room for 1 - side.
+    left, top = (1 - side) * (2 * chance[2:4] - 1)
     zero = torch.zeros_like(side)
     affine = torch.stack([width, zero, left, zero, side, top], dim=1).view(-1, 2, 3)
     grid = affine_grid(affine, images.shape, align_corners=False)
@@ -1031,7 +1035,7 @@ def scene(rng, name, label, classes):
         quarters = [label]
     if not two:
         colour, shape = objects[0].split()
-        shorter = {6: shape, 7: f"{colour} shape"}  # two times in eight one word is left out
+        shorter = {6: shape, 7: f"{colour} shape"}  # two times in eight a word is missing
         words = shorter.get(int(8 * rng.random()), objects[0])
         return objects, quarters, PHRASES[rng.integers(len(PHRASES))].format(words)
     if name == "relation":  # always these two: only the relation tells the classes apart

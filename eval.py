@@ -40,7 +40,7 @@ from tqdm import tqdm
 import data
 from data import DataError
 
-BLOCK = 2**26  # entries of a score matrix held at once: memory does not grow with the test set
+BLOCK = 2**26  # entries of a score matrix that are held at once, however large the test set is
 
 
 # --- Functions of features ------------------------------------------------------------------------
@@ -143,9 +143,10 @@ def retrieval(image_features, text_features, image_of_text):
 def descend(features, labels, weight, l2, tolerance):
     """Up to 40 steps of L-BFGS on fit_linear's objective -> the new weight and the objective there.
 
-    features (n,D+1), a column of ones last; weight (C,D+1), the intercept last. The unknowns are
-    changed to some in which the Hessian at the start (the mean of its classes' blocks) is the
-    identity: so the steps are few, however the features are scaled and correlated.
+    features (n,D+1), a column of ones last; weight (C,D+1), the intercept last. With L L^T for the
+    Hessian at the start (the mean of its classes' blocks) the unknowns are weight @ L, and the
+    features that go with them features @ L^-T: in these the Hessian is nearly the identity, so the
+    steps are few, however the features are scaled and correlated.
     """
     probability = (features @ weight.T).softmax(dim=1)
     doubt = (probability * (1 - probability)).mean(dim=1, keepdim=True)
@@ -179,9 +180,9 @@ def descend(features, labels, weight, l2, tolerance):
 
 def fit_linear(x, y, classes, l2, tolerance=1e-8, enough=1e-12):
     """Multinomial logistic regression: minimises mean cross-entropy + l2/2 |W|^2, the intercept
-    free, nothing standardised, until 40 more steps of L-BFGS gain less than `tolerance` of it, or
-    it is no more than `enough`: where l2 is small and a plane parts the classes, it falls and
-    falls.
+    free, nothing standardised. It ends where 40 more steps of L-BFGS gain less than `tolerance` of
+    the objective, or where that is no more than `enough`: with a small l2, and classes that planes
+    part, it would go on falling towards 0.
 
     x (n,D), y (n,) -> weight (C,D), bias (C,). scikit-learn's C is 1/(n l2), and for two classes,
     where it fits their difference alone, 2/(n l2).
@@ -217,7 +218,7 @@ def check_split(train_x, train_y, test_x, test_y):
 
 def choose_l2(x, y, classes, seed):
     """The penalty whose fit on 20,000 images at most is best on a held-out fifth of train, 10,000
-    images at most: to two decades, to one, to half of one."""
+    images at most: sought in steps of 100, then of 10, then of the root of 10."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x))).to(x.device)
     held_out, rest = order.tensor_split([min(max(1, len(x) // 5), 10_000)])
     part = rest[:20_000]
@@ -228,9 +229,9 @@ def choose_l2(x, y, classes, seed):
         accuracy = rate(logits.argmax(dim=1) == y[held_out])
         return accuracy, F.cross_entropy(logits, y[held_out]).item(), l2
 
-    # Above the features' whole variance a penalty only shrinks the weights: the grid begins there.
-    # It goes on downwards, four trials at least, until one betters neither loss nor, by half a
-    # point, accuracy.
+    # Above the features' whole variance a penalty only shrinks the weights: the trials begin there
+    # and go downwards. There are four at least, and more as long as the last one has a lower loss
+    # than the one before, or is by half a point more accurate than all before.
     best = attempt(max(x.var(dim=0).sum().item(), 1e-12))
     trials = [best]
     better = True
@@ -308,7 +309,7 @@ def open_folder(folder):
     def lines(name):
         path = folder / name
         text = path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""
-        return [line.strip() for line in text.split("\n") if text]
+        return tuple(line.strip() for line in text.split("\n") if text)
 
     classes = lines("classnames.txt")
     shards = "".join(lines("test/nshards.txt"))
@@ -319,11 +320,11 @@ def open_folder(folder):
             f"{folder}: is no test set, which needs 2 lines in classnames.txt, or captions and "
             "test/nshards.txt; or name its shards"
         )
-    templates = lines("zeroshot_classification_templates.txt") or ["a photo of a {c}."]
+    templates = lines("zeroshot_classification_templates.txt") or ("a photo of a {c}.",)
     for template in templates:
         if "{c}" not in template:
             raise DataError(f"{folder}: template {template!r} lacks {{c}}, the class name's place")
-    unseen = [int(line) for line in lines("unseen.txt")]
+    unseen = tuple(int(line) for line in lines("unseen.txt"))
     return EvalSet(str(folder), classes, templates, unseen)
 
 
@@ -506,7 +507,8 @@ def score_retrieval(model, tokenizer, dataset, encoded):
             share = np.bincount(owner, weights=hits.numpy()) / own
             scores[name] = Score(share, own, k / len(own))
         else:
-            drawn = np.arange(k)[:, None]  # so many texts drawn already, all of other images
+            # k texts drawn without replacement are all of other images (hypergeometric).
+            drawn = np.arange(k)[:, None]  # so many texts before each draw
             none = (1 - own / (len(texts) - drawn)).clip(0).prod(axis=0)
             scores[name] = Score(hits, np.ones(len(own)), 1 - none.mean())
     return scores
@@ -608,8 +610,8 @@ def measure(model, tokenizer, datasets, tasks):
 
 def evaluate(model, tokenizer, eval_data, out=None):
     """Scores a trained model, in eval mode from now on, on SETs joined by `::`, by all tasks that
-    fit but k-NN, and draws the first captioned set to out/reconstructions.png. What fails costs
-    itself alone and a line.
+    fit but k-NN, and draws, where there is a decoder, the first captioned set to
+    out/reconstructions.png. What fails costs itself alone and a line.
     -> {task, from its second set on with the set's name: {measure: value, None where undefined;
     chance: {measure: value}; n: images of the test split}}."""
     model.eval()
@@ -727,8 +729,10 @@ def panels(config, found):
         if config.norm_pix:
             variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
             contrast = (variance + 1e-6).sqrt()
-            share = ~removed / (~removed).sum(dim=1, keepdim=True)  # of each visible patch
-            usual = (share * contrast).sum(dim=1, keepdim=True)
+            share = ~removed / (~removed).sum(dim=1, keepdim=True)  # 1 / visible ones, or 0
+            usual = (share * contrast).sum(
+                dim=1, keepdim=True
+            )  # the visible patches' mean contrast
             alone = predicted * usual + (share * mean).sum(dim=1, keepdim=True)
             columns["prediction alone"] = alone.where(removed, patches)
             predicted = predicted * contrast + mean
@@ -852,6 +856,7 @@ def benchmark(config, steps=10):
         "slowest": B / groups[-1],
         "fastest": B / groups[0],
         "TFLOP/s": 3e-12 * flops / seconds,
+        # 3 flops / seconds, over the 2 side^3 / product of a matrix product.
         "share": 1.5 * flops / side**3 * product / seconds,
         "GPU memory GiB": torch.cuda.max_memory_allocated() / 2**30,
         "compile s": first - seconds,

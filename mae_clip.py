@@ -26,9 +26,10 @@ gets a mask token in its place. clip is pass 1 alone, mae the image half of pass
 trunk encodes visible patches and visible tokens together. slip is pass 1 and two augmented views
 that must find each other.
 
-Letters for shapes: B batch, N patches, T tokens, K kept, R removed, D width, E embedding, P patch
-side, V vocabulary, W ranks, G = W B the rows of all ranks. In every mask True means removed. All
-down to the double line is the method and needs torch alone; below it stands its training.
+Letters for shapes: B batch (G over all ranks), H and W an image's height and width, P a patch's
+side, N patches, T tokens, K kept, R removed, D width, E embedding, V vocabulary. In every mask True
+means removed. All down to the double line is the method and needs torch alone; below it stands its
+training.
 """
 
 import math
@@ -37,9 +38,9 @@ import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# To be set before torch is imported. GNU OpenMP's threads spin while they wait for each other,
-# 300,000 turns or milliseconds long; where another program runs too, that starves all of them. With
-# 1000 turns a busy machine trains 20 times as fast (docs/results.md).
+# To be set before torch is imported. GNU OpenMP's threads wait for each other in a busy loop, up to
+# 300,000 turns, which is milliseconds; where another program runs too, that starves all of them.
+# With 1000 turns a busy machine trains 20 times as fast (docs/results.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -63,8 +64,8 @@ METHODS = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the model is. The defaults are those of the scale `small`; --help shows these
-    comments."""
+    """What the model is, and its loss. The defaults are those of the scale `small`; --help shows
+    these comments."""
 
     method: str = "mae_clip"  # what is trained: clip, mae, m3ae, mae_clip or slip
     image_size: int = 32  # pixels a side
@@ -185,12 +186,18 @@ def random_text_mask(noise, tokens, ratio):
     noise (B,T) in 0..1, tokens (B,T) -> keep (B,K) positions of SOT, EOT, what stays, then padding;
     mask (B,T) bool, True where removed, which SOT, EOT and padding never are.
 
-    For example, T = 16, ratio 0.75, a caption SOT a b c EOT and eleven times padding, with noise
-    0.1, 0.8 and 0.5 for a, b and c. Sorted, the positions are 0 4 1 3 2 5 ... (SOT EOT a c b, then
-    padding), so the place of position 0 is 0, of 1 it is 2, of 2 it is 4, of 3 it is 3, of 4 it
-    is 1. Of three tokens one stays: with SOT and EOT the first three places. So the mask is True
-    at 2 and 3 (b, c). Of the fourteen tokens of a full caption four stay, so K is 2 + 4 for all,
-    and keep is 0 4 1 5 6 7 (SOT EOT a, and padding).
+    For example, T = 16 and ratio 0.75, where `place` counts from the smallest key:
+
+        position    0    1     2     3     4    5 to 15
+        token       SOT  a     b     c     EOT  padding
+        noise            0.1   0.8   0.5
+        sort key    -1   0.1   0.8   0.5   -1   2
+        place       0    2     4     3     1    5 to 15
+        mask             -     True  True
+
+    Of three tokens one is kept, so with SOT and EOT the places 0, 1 and 2 stay. Of a full caption's
+    fourteen tokens four are kept, so K is 2 + 4 for every caption, and keep is 0 4 1 5 6 7: SOT,
+    EOT, a, and padding.
     """
     T = tokens.shape[1]
     position = torch.arange(T, device=tokens.device)
@@ -198,7 +205,7 @@ def random_text_mask(noise, tokens, ratio):
     # Sort keys: SOT and EOT -1, the tokens between them their noise in 0..1, padding 2.
     order = noise.masked_fill(position > end, 2)
     order = order.masked_fill((position == 0) | (position == end), -1)
-    # The first argsort lists the positions in that order; the argsort of the list is the place of
+    # The first argsort lists the positions by their keys; the argsort of that list is the place of
     # each position in it.
     place = order.argsort(dim=1).argsort(dim=1)
     # How many are kept, SOT and EOT included, for each number of tokens between them, 0 to T - 2: a
@@ -206,11 +213,12 @@ def random_text_mask(noise, tokens, ratio):
     kept_of = [2 + kept_count(length, ratio) for length in range(T - 1)]
     # EOT at position `end` has end - 1 tokens between SOT and itself.
     kept = torch.tensor(kept_of, device=tokens.device)[end - 1]  # (B,1)
-    # SOT and EOT have places 0 and 1, so they stay; position < end keeps padding out of the mask.
+    # SOT and EOT have the first two places, so they stay; padding, behind `end`, is never masked.
     mask = (place >= kept) & (position < end)
-    # Removed tokens get the key 3, behind the padding, and fall off the end of what is kept. That
-    # is kept_of[-1] positions, those of a full caption; a shorter one keeps no more tokens, and
-    # loses no more. Stable: SOT before EOT, padding in order.
+    # Removed tokens get the key 3 and so come last, behind the padding. K is what a full caption
+    # keeps: a shorter one keeps no more, so the first K positions hold all that it keeps; and it
+    # loses no more than the T - K of a full one, so they hold nothing that was removed. Stable: SOT
+    # before EOT, padding in order.
     keep = order.masked_fill(mask, 3).argsort(dim=1, stable=True)[:, : kept_of[-1]]
     return keep, mask
 
@@ -219,7 +227,8 @@ class Masked(NamedTuple):
     """What the masked pass knows of one modality (N stands for patches or tokens).
 
     `removed` has R = N - K slots. Patches fill them all. Of tokens a full caption does; a shorter
-    one loses fewer, and its last slots are spare: they name positions that were kept, or padding.
+    one may lose fewer, and then its last slots are spare: they name positions that were not
+    removed, and `mask`, which is False there, tells them apart.
     """
 
     keep: torch.Tensor  # (B,K) positions that the encoder sees
@@ -337,7 +346,7 @@ class ImageEncoder(nn.Module):
         # On patches a convolution is a matrix product.
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D,P*P*3), channel fastest
         x = F.linear(x, weight, proj.bias) + position  # (B,K,D)
-        cls = self.cls_token + self.pos_embed[:, :1]  # plus zeros, unless others were loaded
+        cls = self.cls_token + self.pos_embed[:, :1]  # zeros, but not in every loaded checkpoint
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B,1+K,D)
         real = None
         if text is not None:
@@ -365,11 +374,11 @@ class TextEmbedding(nn.Module):
         return x
 
 
-def no_padding(tokens, keep=None):
-    """tokens (B,T), keep (B,K) or None for all -> (B,T or K) bool, True up to EOT."""
-    if keep is None:
-        keep = torch.arange(tokens.shape[1], device=tokens.device)
-    return keep <= caption_end(tokens)  # (T,) or (B,K) against (B,1)
+def no_padding(tokens, position=None):
+    """tokens (B,T), position (B,K) in them, None for all T -> (B,T or K) bool, True up to EOT."""
+    if position is None:
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+    return position <= caption_end(tokens)  # (T,) or (B,K) against (B,1)
 
 
 class TextEncoder(nn.Module):
@@ -460,6 +469,7 @@ class Decoder(nn.Module):
         if image_masked is not None:
             pixels = self.image.head(take(x[:, 1:], image_masked.removed))
         if text_masked is not None:
+            # Tokens stand behind the `before` others.
             logits = self.text.head(take(x[:, before:], text_masked.removed))
         return pixels, logits
 
@@ -542,18 +552,19 @@ def simclr_loss(a, b, temperature=0.1):
     return of_all_ranks(loss).mean()
 
 
-# Why two GPUs give the loss and the gradient of one, if each has as many rows as the other.
-# Forward, every rank w has a part l_w of the loss, from its own rows and the gathered rows of all
-# others: its share of the image-caption pairs, or of the removed positions. of_all_ranks gathers
-# these parts, and their mean (in masked_mean their sum, over the count of all) is the loss L of the
-# whole batch: the same number on every rank.
-# Backward, each of the W ranks starts from its copy of L, and every gather, that in of_all_ranks
-# too, sums over the ranks what they found. So a row r receives the gradient of W copies, W dL/dr,
-# and so does the part l_w. What rank w then has for a parameter p is, from its own rows,
-#     g_w = sum over the rows r of rank w of W (dL/dr) (dr/dp),
+# Why n GPUs give the loss and the gradient of one, if each has as many rows as the others.
+# Forward. Rank w computes a part l_w of the loss: of its own image-caption pairs, to which it sees
+# the features of all others, or of its own removed positions. of_all_ranks gathers these parts, and
+# their mean (in masked_mean their sum over the count of all) is the loss L of the whole batch: the
+# same number on every rank.
+# Backward. Each rank starts from its own copy of L, and each gather, that in of_all_ranks too, sums
+# what arrives for a value on all n ranks. So the gradient that a gathered value receives is that of
+# n copies of L: n dL/dl_w for the part l_w, and from it n dL/dr for a row r of features or errors.
+# A parameter p, of which every rank has a copy, then receives on rank w, from that rank's rows,
+#     g_w = sum over the rows r of rank w of n (dL/dr) (dr/dp),
 # and the mean over ranks, which DistributedDataParallel takes, is that of one GPU with all rows:
-#     (g_1 + ... + g_W) / W = sum over all rows r of (dL/dr) (dr/dp) = dL/dp.
-# The logit scale, which every l_w uses without a row, adds up in the same way.
+#     (g_1 + ... + g_n) / n = sum over all rows r of (dL/dr) (dr/dp) = dL/dp.
+# The logit scale acts on the parts themselves: put l_w for r.
 # All ranks must call a loss together. encode_image, encode_text and reconstruct call none of this.
 
 
@@ -566,8 +577,8 @@ def gather(x):
     """(B,...) -> (G,...): the rows of all ranks, in their order, with gradient."""
     if not dist.is_initialized():
         return x
-    # chunk(1)[0] is x itself. But its backward pass is a cat, whose result is contiguous, as
-    # all_gather's backward pass needs it before torch 2.13.
+    # chunk(1)[0] changes nothing here. In the backward pass it makes the gradient contiguous, as
+    # all_gather needs it before torch 2.13.
     return all_gather(x, 0, dist.group.WORLD).chunk(1)[0]
 
 
@@ -578,7 +589,7 @@ def own_rows(x):
 
 
 def of_all_ranks(x):
-    """0-d -> (W,): the number that each of the W ranks has, with gradient."""
+    """0-d -> one number a rank: what each of them has, with gradient."""
     return gather(x.view(1))
 
 
@@ -595,8 +606,9 @@ def pool(encoded, how):
 
 
 def simclr_head(width):
-    """SLIP's head of three layers, of width 4 D for its 4096, with GELU for its ReLU, and LayerNorm
-    for its SyncBatchNorm, which would couple the samples of a batch."""
+    """SLIP's head of three layers, with three changes: hidden layers of width 4 D instead of 4096,
+    GELU instead of ReLU, and LayerNorm instead of SyncBatchNorm, which would couple the samples of
+    a batch."""
     hidden = 4 * width
     layers = []
     for inputs in (width, hidden):
@@ -677,7 +689,7 @@ class MAECLIP(nn.Module):
         """Removes patches and tokens, encodes what is left, predicts the rest ->
         image_masked, text_masked: Masked; None for a modality whose reconstruction has no weight;
         encoded_image: (B,1+K,D), or None;
-        pixels, logits: as from Decoder. m3ae without image weight fails."""
+        pixels, logits: as from Decoder. m3ae must have image weight, as Config checks."""
         image_masked = text_masked = encoded_image = encoded_text = None
         if "image" in self.terms:
             keep, mask = random_mask(image_noise, self.config.mask_ratio)
@@ -712,7 +724,8 @@ class MAECLIP(nn.Module):
         if image_masked is not None:
             target = take(patchify(images, config.patch_size), image_masked.removed)  # (B,R,P*P*3)
             found["image_error"] = image_error(pixels, target, config.norm_pix)  # (B,R)
-            found["image_counted"] = image_masked.mask.gather(1, image_masked.removed)  # all True
+            # (B,R), all True: patches have no spare slots
+            found["image_counted"] = image_masked.mask.gather(1, image_masked.removed)
         if text_masked is not None:
             found["text_error"] = text_error(logits, tokens.gather(1, text_masked.removed))  # (B,R)
             # (B,R), False at spare slots
@@ -722,8 +735,8 @@ class MAECLIP(nn.Module):
             if ratio == 0:
                 seen = self.image_encoder(images)
             elif image_masked is not None and ratio == config.mask_ratio:
-                seen = encoded_image  # one masked pass serves both losses
-            else:  # by the same noise, so that of two masks one holds the other
+                seen = encoded_image  # the same patches: pass 2 has encoded them already
+            else:  # by the same noise: what the larger ratio keeps, the smaller one keeps too
                 keep, _ = random_mask(image_noise, ratio)
                 seen = self.image_encoder(images, keep)
             found["image_features"] = self.image_feature(seen)  # (B,E)
@@ -762,9 +775,9 @@ class MAECLIP(nn.Module):
         batch = [images, tokens, *noise, *(views or ())]
         if self.config.accumulate == 1:
             return self.losses(self.outputs(*batch))
-        # Each piece saves its outputs alone and is computed again when the backward pass comes to
-        # it. The losses see the outputs of the whole batch, so its gradient is that of the whole
-        # batch (GradCache).
+        # Of each piece only its outputs are kept. The losses see those of the whole batch, so the
+        # gradient is the whole batch's. What lies between images and outputs is computed again,
+        # piece by piece, in the backward pass (GradCache).
         chunks = [x.tensor_split(self.config.accumulate) for x in batch]
         found = []
         for rows in zip(*chunks, strict=True):
@@ -835,6 +848,18 @@ from tqdm import tqdm
 
 from data import DataError, Loader, Tokenizer, builtin, one_line, simclr_view
 
+# The values that some settings may have.
+CHOICES = {
+    "method": METHODS,
+    "pool": ["gap", "max", "cls"],
+    "precision": ["auto", "fp32", "bf16"],
+    "optimizer": ["muon", "adamw"],
+}
+# The least values of some numbers. Of those not listed the whole ones start at 1, the others at 0.
+LOWEST = {"batch_size": 2, "crop": 0.01, "context": 3, "vocab_size": 259}
+LOWEST |= dict.fromkeys("seed data_seed samples stop_after warmup workers".split(), 0)
+SHARES = "mask_ratio text_mask_ratio contrastive_mask_ratio crop".split()
+
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
@@ -845,7 +870,7 @@ class Config(ModelConfig):
     resume: bool = False  # go on from the newest checkpoint in the run's folder, if it has one
     seed: int = 0  # of initial weights, order, crops, captions and masks
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: str = "auto"  # of matrix products: auto (what is fast), fp32 or bf16
+    precision: str = "auto"  # of matrix products: fp32, bf16, or auto: on a CPU what is faster
     compile: bool | None = None  # torch.compile of the blocks; by default on CUDA, above width 256
     log_every: int = 50  # steps between lines of the log
     save_every: int = 500  # steps between checkpoints
@@ -891,17 +916,6 @@ class Config(ModelConfig):
         if self.weights().keys() <= {"text"}:  # text alone, or nothing
             raise ValueError(f"--method {self.method}: no term that sees images has weight above 0")
 
-
-CHOICES = {
-    "method": METHODS,
-    "pool": ["gap", "max", "cls"],
-    "precision": ["auto", "fp32", "bf16"],
-    "optimizer": ["muon", "adamw"],
-}
-# The least values of some numbers. Of those not listed the whole ones start at 1, the others at 0.
-LOWEST = {"batch_size": 2, "crop": 0.01, "context": 3, "vocab_size": 259}
-LOWEST |= dict.fromkeys("seed data_seed samples stop_after warmup workers".split(), 0)
-SHARES = "mask_ratio text_mask_ratio contrastive_mask_ratio crop".split()
 
 # What each scale sets; all else has the defaults above.
 TABLE = """
@@ -988,8 +1002,8 @@ class Muon(torch.optim.Optimizer):
             momentum.lerp_(gradient, 0.05)  # 0.95 of the momentum, 0.05 of the gradient
             # Nesterov's look ahead: 0.05 of the gradient, 0.95 of the new momentum.
             direction = orthogonalise(gradient.lerp(momentum, 0.95))
-            # A step of AdamW has entries of about 0.2 in the root mean square, an orthogonal matrix
-            # of 1 / sqrt(longer side).
+            # In the root mean square the entries of AdamW's steps are about 0.2, and those of an
+            # orthogonal matrix are 1 / sqrt(longer side).
             size = 0.2 * max(parameter.shape) ** 0.5
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.sub_(direction, alpha=group["lr"] * size)
@@ -1015,12 +1029,12 @@ def make_optimizers(model, config):
         if parameter.ndim == 1 or not name.endswith("weight"):
             no_decay.append(parameter)  # biases, norms, tokens, positions, the logit scale
         elif parameter.ndim == 2 and "token" not in name and config.optimizer == "muon":
-            matrices.append(parameter)  # of linear layers: the token embedding is a table
+            matrices.append(parameter)  # of linear layers; the token embedding, a table, has AdamW
         else:
             others.append(parameter)
     decay = config.weight_decay
     groups = [{"params": others}, {"params": no_decay, "weight_decay": 0.0}]
-    # Betas 0.9 and 0.98 and epsilon 1e-6 as in CLIP.
+    # AdamW's arguments: parameters, rate, betas and epsilon (0.9, 0.98, 1e-6 as in CLIP), decay.
     optimizers = [torch.optim.AdamW(groups, config.lr, (0.9, 0.98), 1e-6, decay, fused=True)]
     if matrices:
         # torch.optim.Optimizer's own arguments: parameters, defaults.
@@ -1161,7 +1175,7 @@ def read_checkpoint(path):
         return state | {"config": Config(**state["config"])}
     except Exception:  # a damaged file raises nearly anything
         raise DataError(
-            f"{path}: no whole checkpoint, nor a run that holds one; "
+            f"{path}: no whole checkpoint of this version, nor a run that holds one; "
             "where a run's newest is damaged, remove it, and --resume goes on from the one before"
         ) from None
 
@@ -1290,8 +1304,8 @@ def announce(run, device, autocast):
 
 def log(run, rows, seconds, waited):
     """Writes and shows a record of the last steps: means of their rows from train_step, where these
-    are finite, and rates -> was it written. It is not where no step was finite; from ten such steps
-    on that is a DataError."""
+    are finite, and rates -> True. Where no step was finite it writes nothing -> False; if these
+    were ten or more, DataError."""
     config = run.config
     good = [row for row in rows if row is not None]
     if not good:
@@ -1330,14 +1344,14 @@ def fit(run, net, device, autocast):
     config = run.config
     rank, world = ranks()
     last = min(config.steps, config.stop_after or config.steps)
-    signals = [0]  # the numbers of those that came, after a 0, so that there is a largest
+    signals = [0]  # numbers of the signals that came; the largest counts, and 0 stands for none
     previous = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, lambda came, _: signals.append(came))
     # disable=None hides the bar where stderr is no terminal.
     bar = tqdm(total=config.steps, initial=run.step, disable=rank > 0 or None)
-    # A stream's batches start at a shard, the one in `position`; those of local shards, whose
-    # position is always 0, at a step.
+    # Batches of local shards, whose position is always 0, start at a step; those of a stream at the
+    # shard with the number `position`.
     batches = run.loader.batches(run.loader.position or run.step)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
     try:
