@@ -147,7 +147,7 @@ def grouped(file):
                 key = name[1]
                 sample.setdefault(name[2].lower(), (info.offset_data, info.size))
                 cause = None
-            # Where a header is damaged or missing, tarfile stops as at the end; a true end is zeros.
+            # tarfile stops at a damaged or missing header as at the end. A true end is zeros.
             rest = read(file, tar.offset, 1 << 20)
             if len(rest) < 512 or rest.strip(b"\0"):
                 cause = "tar breaks off"
