@@ -949,8 +949,9 @@ def run(argv):
         return experiment.run(flags)
     if flags:
         raise DataError(f"{args.command} has no flag {flags[0]}; see --help")
-    device, _ = mae_clip.pick_device(mae_clip.Config(device=args.device))
-    if args.labels is not None:
+    # Everything is scored in float32; so `auto` need not be measured.
+    device, _ = mae_clip.pick_device(mae_clip.Config(device=args.device, precision="fp32"))
+    if args.labels:
         return classify_photo(args.paths, args.labels, device)
     if not args.data:
         raise DataError(f"{args.command} needs --data (or, for one photo, --labels)")
