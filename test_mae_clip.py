@@ -4268,7 +4268,7 @@ def test_the_recipes_of_the_photographs_make_sets_that_can_be_used(tmp_path, mon
     (source / "val" / "val_annotations.txt").write_text("".join(lines))
     exec(tiny_imagenet, {})
     (dataset,) = evaluation.open_sets("tiny_imagenet")
-    assert dataset.classes == ["a dog", "a cat"]
+    assert dataset.classes == ("a dog", "a cat")
     assert [label for *_, label in dataset.samples("test")] == [0, 1]
     assert len(list(dataset.samples("train"))) == 160
     assert len(loader_of("tiny_imagenet", 20)) == 8
