@@ -4218,7 +4218,7 @@ def test_a_row_that_is_no_run_is_named_before_any_run(row, stand_in, tmp_path):
 def test_an_experiment_that_cannot_be_is_refused_before_any_run(
     arguments, named, stand_in, tmp_path, capsys
 ):
-    with pytest.raises((SystemExit, DataError)) as end:
+    with pytest.raises((SystemExit, ValueError)) as end:
         experiment.run([*arguments, "--scale", "tiny", "--out", str(tmp_path / "new")])
     assert named in capsys.readouterr().err + str(end.value)
     assert not (tmp_path / "new").exists()
