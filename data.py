@@ -724,8 +724,9 @@ class Loader:
             rng = np.random.default_rng(seed)
             texts = captions(sample) if self.captions else [""]
             try:
-                text = texts[rng.integers(len(texts))]
-                made.append((key, text, self.make_image(sample["jpg"], rng)))
+                # The crop comes first: it is the same whether captions are drawn or not.
+                image = self.make_image(sample["jpg"], rng)
+                made.append((key, texts[rng.integers(len(texts))], image))
             except ValueError as error:
                 failed.append((key, str(error)))
         if not samples:

@@ -11,7 +11,7 @@ et al. 2021), mae (He et al. 2021), m3ae (Geng et al. 2022), mae_clip and slip (
     torchrun --nproc-per-node 8 mae_clip.py --scale base --accumulate 4 --data ...    eight GPUs
     python mae_clip.py --help                                         every flag
 
-mae_clip sends each image and its caption through the same weights twice:
+By default mae_clip sends each image and its caption through the same weights twice:
 
     pass 1, whole    all patches -----> image encoder --> pool ----> projection --+
                                                                                   +--> contrastive
@@ -21,15 +21,15 @@ mae_clip sends each image and its caption through the same weights twice:
                                                        +-> decoder --+
                      visible tokens --> text encoder --+             +-> removed tokens: text loss
 
-By default a quarter is visible. What is removed never reaches a block of an encoder; the decoder
-gets a mask token in its place. clip is pass 1 alone, mae the image half of pass 2. In m3ae one
-trunk encodes visible patches and visible tokens together. slip is pass 1 and two augmented views
-that must find each other.
+In pass 2 a quarter of each is visible, unless told otherwise. What is removed from it reaches no
+block of an encoder; the decoder gets a mask token in its place. clip is pass 1 alone, mae the image
+half of pass 2. In m3ae one trunk encodes visible patches and visible tokens together. slip is pass
+1 and two augmented views that must find each other.
 
 Letters for shapes: B batch (G over all ranks), H and W an image's height and width, P a patch's
-side, N patches, T tokens, K kept, R removed, D width, E embedding, V vocabulary. In every mask True
-means removed. All down to the double line is the method and needs torch alone; below it stands its
-training.
+side, N patches, T tokens, K kept, R removed, D width, E embedding, V vocabulary. In a mask of
+patches or tokens True means removed. All down to the double line is the method and needs torch
+alone; below it stands its training.
 """
 
 import math
@@ -38,9 +38,10 @@ import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# To be set before torch is imported. GNU OpenMP's threads wait for each other in a busy loop, up to
-# 300,000 turns, which is milliseconds; where another program runs too, that starves all of them.
-# With 1000 turns a busy machine trains 20 times as fast (docs/results.md).
+# To be set before torch is imported. A thread of GNU OpenMP that waits for another keeps its core
+# busy for up to 300,000 turns, which is milliseconds. Where another program runs too, that core may
+# be the one that the other thread needs. With 1000 turns a busy machine was measured to train 20
+# times as fast (docs/results.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -78,13 +79,13 @@ class ModelConfig:
     text_depth: int = 1  # blocks of the text tower
     text_heads: int = 3  # attention heads of the text tower
     context: int = 16  # tokens a caption, SOT and EOT included
-    vocab_size: int = 512  # largest vocabulary to learn; the file of --tokenizer has its own size
+    vocab_size: int = 512  # ids of tokens, at most where they are learned (else --tokenizer's)
     embed: int = 64  # width of the space that images and captions share
     decoder_width: int = 64  # of the decoder's tokens (MAE: 512)
     decoder_depth: int = 1  # blocks of the decoder (MAE: 8)
     decoder_heads: int = 2  # attention heads of the decoder (MAE: 16)
     mask_ratio: float = 0.75  # share of patches removed (MAE: 0.75)
-    text_mask_ratio: float = 0.75  # share of tokens removed (M3AE: 0.75)
+    text_mask_ratio: float = 0.75  # share of tokens removed, SOT and EOT left out (M3AE: 0.75)
     contrastive_mask_ratio: float = 0.0  # share of patches removed in pass 1 (FLIP: 0.5)
     norm_pix: bool = True  # predict patches normalised by their own mean and variance (MAE)
     contrastive_weight: float = 1.0  # of the contrastive loss
@@ -141,10 +142,13 @@ def sincos_2d(width, rows, cols):
     half holds sines, then cosines, of position / 10000^(k / (width/4)) for k = 0 ... width/4 - 1.
     """
     step = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
-    # Of each patch its column, then its row.
-    place = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).flip(1)  # (rows*cols, 2)
-    angle = place[:, :, None] / 10000**step  # (rows*cols, 2, width/4)
-    return torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1).float()
+    # Of all patches, row by row, the row and the column: (rows*cols,) each.
+    row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).T
+    codes = []
+    for place in (column, row):
+        angle = place[:, None] / 10000**step  # (rows*cols, width/4)
+        codes += [angle.sin(), angle.cos()]
+    return torch.cat(codes, dim=1).float()
 
 
 def take(x, index):
@@ -186,7 +190,8 @@ def random_text_mask(noise, tokens, ratio):
     noise (B,T) in 0..1, tokens (B,T) -> keep (B,K) positions of SOT, EOT, what stays, then padding;
     mask (B,T) bool, True where removed, which SOT, EOT and padding never are.
 
-    For example, T = 16 and ratio 0.75, where `place` counts from the smallest key:
+    Every position gets a sort key, and `place` is its rank by that key (of equal keys either may
+    come first). For example, with T = 16 and ratio 0.75:
 
         position    0    1     2     3     4    5 to 15
         token       SOT  a     b     c     EOT  padding
@@ -202,37 +207,37 @@ def random_text_mask(noise, tokens, ratio):
     T = tokens.shape[1]
     position = torch.arange(T, device=tokens.device)
     end = caption_end(tokens)
-    # Sort keys: SOT and EOT -1, the tokens between them their noise in 0..1, padding 2.
+    # The sort keys: SOT and EOT -1, the tokens between them their noise in 0..1, padding 2.
     order = noise.masked_fill(position > end, 2)
     order = order.masked_fill((position == 0) | (position == end), -1)
     # The first argsort lists the positions by their keys; the argsort of that list is the place of
     # each position in it.
     place = order.argsort(dim=1).argsort(dim=1)
-    # How many are kept, SOT and EOT included, for each number of tokens between them, 0 to T - 2: a
-    # table made on the host, so that float32 rounding plays no part in it.
-    kept_of = [2 + kept_count(length, ratio) for length in range(T - 1)]
-    # EOT at position `end` has end - 1 tokens between SOT and itself.
-    kept = torch.tensor(kept_of, device=tokens.device)[end - 1]  # (B,1)
+    # kept_of_length[n]: of n tokens, and SOT and EOT, how many are kept. Python's floats decide it,
+    # so float32 rounding plays no part.
+    kept_of_length = [2 + kept_count(length, ratio) for length in range(T - 1)]
+    # Between SOT and an EOT at position `end` stand end - 1 tokens.
+    kept = torch.tensor(kept_of_length, device=tokens.device)[end - 1]  # (B,1)
     # SOT and EOT have the first two places, so they stay; padding, behind `end`, is never masked.
     mask = (place >= kept) & (position < end)
-    # Removed tokens get the key 3 and so come last, behind the padding. K is what a full caption
-    # keeps: a shorter one keeps no more, so the first K positions hold all that it keeps; and it
-    # loses no more than the T - K of a full one, so they hold nothing that was removed. Stable: SOT
-    # before EOT, padding in order.
-    keep = order.masked_fill(mask, 3).argsort(dim=1, stable=True)[:, : kept_of[-1]]
+    # Sorted again with removed tokens last (key 3), the first K of the list are what the encoder
+    # sees. K is what a full caption keeps. A shorter one keeps no more, so all that it keeps is in
+    # the first K; and it loses no more than the T - K of a full one, so nothing that it loses is.
+    # Stable: SOT comes before EOT, and padding in order.
+    keep = order.masked_fill(mask, 3).argsort(dim=1, stable=True)[:, : kept_of_length[-1]]
     return keep, mask
 
 
 class Masked(NamedTuple):
     """What the masked pass knows of one modality (N stands for patches or tokens).
 
-    `removed` has R = N - K slots. Patches fill them all. Of tokens a full caption does; a shorter
-    one may lose fewer, and then its last slots are spare: they name positions that were not
-    removed, and `mask`, which is False there, tells them apart.
+    `removed` has R = N - K slots. Patches fill them all, and so do the tokens of a full caption. A
+    shorter caption may lose fewer tokens. Its last slots are then spare: they name positions that
+    were not removed, where `mask` is False.
     """
 
     keep: torch.Tensor  # (B,K) positions that the encoder sees
-    removed: torch.Tensor  # (B,R) positions that are predicted
+    removed: torch.Tensor  # (B,R) positions to predict, and the spare ones
     real: torch.Tensor  # (B,N) bool, False at padding; None for patches, which have none
     mask: torch.Tensor  # (B,N) bool, True where removed
 
@@ -346,7 +351,7 @@ class ImageEncoder(nn.Module):
         # On patches a convolution is a matrix product.
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D,P*P*3), channel fastest
         x = F.linear(x, weight, proj.bias) + position  # (B,K,D)
-        cls = self.cls_token + self.pos_embed[:, :1]  # zeros, but not in every loaded checkpoint
+        cls = self.cls_token + self.pos_embed[:, :1]  # zeros here; timm's may have a position
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B,1+K,D)
         real = None
         if text is not None:
@@ -382,8 +387,8 @@ def no_padding(tokens, position=None):
 
 
 class TextEncoder(nn.Module):
-    """Text transformer that looks both ways: a causal one could not use what follows a removed
-    token."""
+    """Text transformer that looks both ways: in a causal one no token would see what is kept right
+    of it."""
 
     def __init__(self, config):
         super().__init__()
@@ -443,33 +448,28 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, image_masked, encoded_image, text_masked, encoded_text):
-        """image_masked: Masked, or None where the image is left out, and with it
-        encoded_image: (B,1+K,D), CLS first;
-        text_masked: Masked, or None where the text is left out, and with it
-        encoded_text: (B,K,D), with a K and a D of its own
-        -> pixels (B,R,P*P*3) of removed patches, logits (B,R,V) of removed tokens, each with an R
-        of its own; None for what is left out.
+        """image_masked, encoded_image: Masked and (B,1+K,D), CLS first; both None without images;
+        text_masked, encoded_text: Masked and (B,K,D), with another K and D; both None without text
+        -> pixels (B,R,P*P*3), logits (B,R,V) for the slots of `removed`, or None.
         """
         parts = []
         if image_masked is not None:
             parts.append(self.image.embed(encoded_image[:, :1]))  # CLS, which has no position
             parts.append(self.image.enter(encoded_image[:, 1:], image_masked))
-        if text_masked is not None:
-            parts.append(self.text.enter(encoded_text, text_masked))
-        x = torch.cat(parts, dim=1)  # (B,1+N+T,width) where nothing is left out
+        before = sum(part.shape[1] for part in parts)  # CLS and patches, which are never padding
         real = None
         if text_masked is not None:
-            before = x.shape[1] - text_masked.mask.shape[1]  # CLS and patches, never padding
+            parts.append(self.text.enter(encoded_text, text_masked))
             real = F.pad(text_masked.real, (before, 0), value=True)
+        x = torch.cat(parts, dim=1)  # (B,1+N+T,width) where nothing is left out
         for block in self.blocks:
             x = block(x, real)
         x = self.norm(x)
-        # Heads see the R removed positions alone: a whole vocabulary for each of T is dear.
+        # Only the R slots go through the heads: V logits for each of T tokens would cost much.
         pixels = logits = None
         if image_masked is not None:
             pixels = self.image.head(take(x[:, 1:], image_masked.removed))
         if text_masked is not None:
-            # Tokens stand behind the `before` others.
             logits = self.text.head(take(x[:, before:], text_masked.removed))
         return pixels, logits
 
@@ -507,8 +507,8 @@ def contrastive_loss(image_features, text_features, scale):
 
 def patch_targets(patches, normalise=True):
     """What patches (...,P*P*3) are to be predicted as: MAE normalises each by its own mean and
-    unbiased variance (+1e-6). To reconstruct another target of this size, change this function
-    and, for pictures, its inverse: panels in eval.py."""
+    unbiased variance (+1e-6). To reconstruct something else, of this size and computed from each
+    patch alone, change this function and, for pictures, its inverse: panels in eval.py."""
     patches = at_least_float32(patches)
     if not normalise:
         return patches
@@ -553,18 +553,18 @@ def simclr_loss(a, b, temperature=0.1):
 
 
 # Why n GPUs give the loss and the gradient of one, if each has as many rows as the others.
-# Forward. Rank w computes a part l_w of the loss: of its own image-caption pairs, to which it sees
-# the features of all others, or of its own removed positions. of_all_ranks gathers these parts, and
-# their mean (in masked_mean their sum over the count of all) is the loss L of the whole batch: the
-# same number on every rank.
-# Backward. Each rank starts from its own copy of L, and each gather, that in of_all_ranks too, sums
-# what arrives for a value on all n ranks. So the gradient that a gathered value receives is that of
-# n copies of L: n dL/dl_w for the part l_w, and from it n dL/dr for a row r of features or errors.
+# Forward. Rank w computes a part l_w of the loss, from its own rows (features of images, captions
+# or views, or errors of removed positions) and, where rows must find each other, from the gathered
+# features of all. of_all_ranks gathers these parts, and their mean (in masked_mean their sum over
+# the count of all) is the loss L of the whole batch: the same number on every rank.
+# Backward. Each of the n ranks starts from its own copy of L. The backward pass of a gather sums,
+# for each value, what the n ranks send back to it. So a part l_w receives n dL/dl_w. Through all
+# parts together, since they may all have used it, a row r receives n dL/dr.
 # A parameter p, of which every rank has a copy, then receives on rank w, from that rank's rows,
 #     g_w = sum over the rows r of rank w of n (dL/dr) (dr/dp),
 # and the mean over ranks, which DistributedDataParallel takes, is that of one GPU with all rows:
 #     (g_1 + ... + g_n) / n = sum over all rows r of (dL/dr) (dr/dp) = dL/dp.
-# The logit scale acts on the parts themselves: put l_w for r.
+# The logit scale enters each part directly: for it the same sums hold with l_w in place of r.
 # All ranks must call a loss together. encode_image, encode_text and reconstruct call none of this.
 
 
@@ -577,8 +577,8 @@ def gather(x):
     """(B,...) -> (G,...): the rows of all ranks, in their order, with gradient."""
     if not dist.is_initialized():
         return x
-    # chunk(1)[0] changes nothing here. In the backward pass it makes the gradient contiguous, as
-    # all_gather needs it before torch 2.13.
+    # Before torch 2.13 all_gather's backward pass needs a gradient that is contiguous in memory:
+    # the backward pass of chunk makes it so. Forward, chunk(1)[0] is all that was gathered.
     return all_gather(x, 0, dist.group.WORLD).chunk(1)[0]
 
 
@@ -589,7 +589,7 @@ def own_rows(x):
 
 
 def of_all_ranks(x):
-    """0-d -> one number a rank: what each of them has, with gradient."""
+    """() -> (ranks,): the numbers that the ranks have, in their order, with gradient."""
     return gather(x.view(1))
 
 
@@ -631,7 +631,7 @@ class MAECLIP(nn.Module):
         self.terms = terms  # {term: weight} of what is computed
         self.one_trunk = config.method == "m3ae" and "text" in terms
         self.has_decoder = "image" in terms or "text" in terms
-        # Drawn before the layers are made, as their own initialisation draws random numbers too.
+        # Drawn first: making layers draws random numbers too, how many depends on the method.
         seed = torch.randint(2**31, (), device="cpu").item()
         self.image_encoder = ImageEncoder(config)
         if self.one_trunk:
@@ -654,7 +654,8 @@ class MAECLIP(nn.Module):
         share starts equal."""
         for name, parameter in self.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            if "token" in name or "position" in name:  # CLS, mask tokens, embeddings, positions
+            # cls_token, mask_token, token.weight (the embeddings), position
+            if "token" in name or "position" in name:
                 nn.init.normal_(parameter, std=0.02, generator=generator)
             elif parameter.ndim > 1:  # the patch convolution counts as a matrix
                 nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)  # a view
@@ -718,28 +719,28 @@ class MAECLIP(nn.Module):
         image_masked = text_masked = None
         found = {}
         if self.has_decoder:
-            image_masked, text_masked, encoded_image, pixels, logits = self.masked_pass(
+            image_masked, text_masked, encoded_visible, pixels, logits = self.masked_pass(
                 images, tokens, image_noise, text_noise
             )
         if image_masked is not None:
-            target = take(patchify(images, config.patch_size), image_masked.removed)  # (B,R,P*P*3)
-            found["image_error"] = image_error(pixels, target, config.norm_pix)  # (B,R)
-            # (B,R), all True: patches have no spare slots
+            removed = take(patchify(images, config.patch_size), image_masked.removed)  # (B,R,P*P*3)
+            found["image_error"] = image_error(pixels, removed, config.norm_pix)  # (B,R)
+            # (B,R), True where a slot is not spare: of patches none is
             found["image_counted"] = image_masked.mask.gather(1, image_masked.removed)
         if text_masked is not None:
             found["text_error"] = text_error(logits, tokens.gather(1, text_masked.removed))  # (B,R)
-            # (B,R), False at spare slots
+            # (B,R), True where a slot is not spare
             found["text_counted"] = text_masked.mask.gather(1, text_masked.removed)
         if "contrastive" in self.terms:
             ratio = config.contrastive_mask_ratio
             if ratio == 0:
-                seen = self.image_encoder(images)
+                encoded = self.image_encoder(images)
             elif image_masked is not None and ratio == config.mask_ratio:
-                seen = encoded_image  # the same patches: pass 2 has encoded them already
+                encoded = encoded_visible  # the same patches: pass 2 has encoded them already
             else:  # by the same noise: what the larger ratio keeps, the smaller one keeps too
                 keep, _ = random_mask(image_noise, ratio)
-                seen = self.image_encoder(images, keep)
-            found["image_features"] = self.image_feature(seen)  # (B,E)
+                encoded = self.image_encoder(images, keep)
+            found["image_features"] = self.image_feature(encoded)  # (B,E)
             found["text_features"] = self.encode_text(tokens)
         if "simclr" in self.terms:
             encoded = self.image_encoder(torch.cat(views))  # (2B,1+N,D), the first views first
@@ -855,7 +856,7 @@ CHOICES = {
     "precision": ["auto", "fp32", "bf16"],
     "optimizer": ["muon", "adamw"],
 }
-# The least values of some numbers. Of those not listed the whole ones start at 1, the others at 0.
+# The least values of settings: 1 of whole numbers and 0 of others, but for these.
 LOWEST = {"batch_size": 2, "crop": 0.01, "context": 3, "vocab_size": 259}
 LOWEST |= dict.fromkeys("seed data_seed samples stop_after warmup workers".split(), 0)
 SHARES = "mask_ratio text_mask_ratio contrastive_mask_ratio crop".split()
@@ -870,19 +871,19 @@ class Config(ModelConfig):
     resume: bool = False  # go on from the newest checkpoint in the run's folder, if it has one
     seed: int = 0  # of initial weights, order, crops, captions and masks
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: str = "auto"  # of matrix products: fp32, bf16, or auto: on a CPU what is faster
+    precision: str = "auto"  # fp32, bf16 or auto: bf16 on CUDA, and on a CPU that is faster so
     compile: bool | None = None  # torch.compile of the blocks; by default on CUDA, above width 256
     log_every: int = 50  # steps between lines of the log
     save_every: int = 500  # steps between checkpoints
     data: str = ""  # shards (paths, folders, globs, {000..123}, pipe:), joined by ::; "": scenes
     samples: int = 0  # train on so many samples of the data alone; 0: on all
-    resample: bool = False  # draw shards with replacement, without end, and read them in sequence
+    resample: bool = False  # draw shards with replacement, without end, and read each through
     tokenizer: str = ""  # file that data.py tokenizer wrote; empty: learned from the captions
     eval_data: str = ""  # sets to score, joined by :: (captioned shards, labelled folders)
     scenes: int = 40_000  # built-in data: training images
     data_seed: int = 0  # built-in data: its seed, which also fixes the pairs never trained on
     workers: int = 1  # processes that decode ahead
-    crop: float = 1.0  # least share of the area that a random crop keeps; 1: centre crop
+    crop: float = 1.0  # random crops of at least so much area, unless cut short; 1: centre crop
     steps: int = 500  # optimiser steps
     stop_after: int = 0  # save and stop after so many steps in all; 0: at the last
     batch_size: int = 256  # pairs a step, over all processes
@@ -914,7 +915,9 @@ class Config(ModelConfig):
             if width % heads or width % 4:
                 raise ValueError(f"{flag(name)} {width}: must be a multiple of 4 and {heads} heads")
         if self.weights().keys() <= {"text"}:  # text alone, or nothing
-            raise ValueError(f"--method {self.method}: no term that sees images has weight above 0")
+            raise ValueError(
+                f"--method {self.method}: no term with images in it has weight above 0"
+            )
 
 
 # What each scale sets; all else has the defaults above.
@@ -1003,7 +1006,7 @@ class Muon(torch.optim.Optimizer):
             # Nesterov's look ahead: 0.05 of the gradient, 0.95 of the new momentum.
             direction = orthogonalise(gradient.lerp(momentum, 0.95))
             # In the root mean square the entries of AdamW's steps are about 0.2, and those of an
-            # orthogonal matrix are 1 / sqrt(longer side).
+            # orthogonal matrix 1 / sqrt(longer side): this factor makes them equal.
             size = 0.2 * max(parameter.shape) ** 0.5
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.sub_(direction, alpha=group["lr"] * size)
@@ -1027,9 +1030,9 @@ def make_optimizers(model, config):
     matrices, others, no_decay = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 or not name.endswith("weight"):
-            no_decay.append(parameter)  # biases, norms, tokens, positions, the logit scale
+            no_decay.append(parameter)  # biases, norms, CLS, mask tokens, positions, logit scale
         elif parameter.ndim == 2 and "token" not in name and config.optimizer == "muon":
-            matrices.append(parameter)  # of linear layers; the token embedding, a table, has AdamW
+            matrices.append(parameter)  # of linear layers: the table token.weight is none
         else:
             others.append(parameter)
     decay = config.weight_decay
@@ -1097,14 +1100,14 @@ def pick_device(config):
     if config.precision == "auto":
         bf16 = device.type == "cuda"
         if device.type == "cpu":
-            bf16 = bf16_speedup(config.width) > 1.2  # casts cost about a fifth
+            bf16 = bf16_speedup(config.width) > 1.2  # since casts cost time, too
     return device, torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
 def compile_blocks(model, config, device):
     """Compiles the model's blocks where --compile says so; by default on CUDA, if it is large."""
     if config.compile or (config.compile is None and device.type == "cuda" and config.width > 256):
-        # A whole graph takes minutes to compile; blocks of one shape share theirs.
+        # A whole graph may take minutes to compile; blocks of one shape share theirs.
         for module in model.modules():
             if isinstance(module, Block):
                 module.compile(dynamic=False)
@@ -1123,7 +1126,7 @@ def keep_memory():
 # What may differ between a run and its continuation with --resume: all other settings must be the
 # same. --data may be another path to the same samples: open_data compares the shards' sizes and the
 # samples' keys (of streams the shards' names). The tokenizer, and with it vocab_size, is the
-# checkpoint's. A run that came to its last step may be given more.
+# checkpoint's. A run that came to its last step may be given more --steps.
 MAY_CHANGE = (
     "out resume device precision compile log_every save_every data eval_data workers stop_after "
     "tokenizer vocab_size accumulate".split()
@@ -1182,7 +1185,7 @@ def read_checkpoint(path):
 
 def load(path, device="cpu"):
     """path of a checkpoint, or of a run's folder, which stands for its newest -> the model in eval
-    mode, its tokenizer (None where there were no captions) and its Config."""
+    mode, its tokenizer (None for mae) and its Config."""
     found = checkpoints(path)
     state = read_checkpoint(found[0] if found else path)
     model = MAECLIP(state["config"])
@@ -1193,7 +1196,8 @@ def load(path, device="cpu"):
 
 def open_run(config):
     """Makes the run's folder -> the newest checkpoint's state, None where there is none; DataError
-    where the folder holds a run but --resume was not given, or one with other settings."""
+    where the folder holds a run (a config.json) but --resume was not given, or one with other
+    settings."""
     out = Path(config.out)
     if not config.resume and (out / "config.json").exists():
         raise DataError(f"{out}: holds a run; add --resume to go on, or give another --out")
@@ -1222,7 +1226,7 @@ def open_run(config):
 
 def open_data(config, state):
     """state: what open_run found -> the training Loader with its tokenizer; the config with the
-    tokenizer's vocab_size and, where no data was given, the built-in data."""
+    tokenizer's vocab_size and, where no data was given, the built-in data and its sets."""
     rank, world = ranks()
     if config.batch_size % world:
         raise DataError(
@@ -1263,8 +1267,8 @@ def open_data(config, state):
 
 def training_batch(config, step, batch, device):
     """What the model takes at a step, on the device: images, tokens, the masks' noise, slip's
-    views. Noise is a pure function of seed and step, drawn for the pairs of all ranks; each
-    takes its own."""
+    views. Noise depends on the seed, the step and the shapes alone: it is drawn for the pairs of
+    all ranks, and each takes its own."""
     rank, world = ranks()
     B, T = batch.tokens.shape
     sizes = [config.side() ** 2, T, 12, 12]  # the last two for slip's views
@@ -1304,8 +1308,8 @@ def announce(run, device, autocast):
 
 def log(run, rows, seconds, waited):
     """Writes and shows a record of the last steps: means of their rows from train_step, where these
-    are finite, and rates -> True. Where no step was finite it writes nothing -> False; if these
-    were ten or more, DataError."""
+    are finite, and rates -> True. Where not one of the steps was finite, it writes nothing ->
+    False, and where they were ten or more, that is a DataError."""
     config = run.config
     good = [row for row in rows if row is not None]
     if not good:
@@ -1350,8 +1354,8 @@ def fit(run, net, device, autocast):
         previous[number] = signal.signal(number, lambda came, _: signals.append(came))
     # disable=None hides the bar where stderr is no terminal.
     bar = tqdm(total=config.steps, initial=run.step, disable=rank > 0 or None)
-    # Batches of local shards, whose position is always 0, start at a step; those of a stream at the
-    # shard with the number `position`.
+    # A stream goes on at the shard with the number `position`. Of local shards that is always 0:
+    # their batches are counted by steps.
     batches = run.loader.batches(run.loader.position or run.step)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
     try:
@@ -1365,7 +1369,7 @@ def fit(run, net, device, autocast):
             batch = training_batch(config, run.step, batch, device)
             rows.append(train_step(net, run.optimizers, autocast, batch))
             if "contrastive" in config.weights():
-                run.model.logit_scale.data.clamp_(0, math.log(100))  # at most 100, as in CLIP
+                run.model.logit_scale.data.clamp_(0, math.log(100))  # 1 to 100
             run.step += 1
             bar.update()
             logging = run.step % config.log_every == 0
@@ -1375,7 +1379,7 @@ def fit(run, net, device, autocast):
                     run.seconds += seconds
                     since, waited, rows = time.time(), 0.0, []
             # Several processes must stop at the same step. To agree on it at each would cost time,
-            # so they do when they log.
+            # so they do when they log. After the last step there is nothing to stop.
             if run.step < last and (logging or world == 1):
                 stopped = int(gather(torch.tensor([max(signals)], device=device)).max())
             if rank == 0 and run.step % config.save_every == 0:
@@ -1478,8 +1482,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # eval.py imports this file as mae_clip. So main runs from there, lest there be two of each
-    # class, __main__'s and mae_clip's.
+    # This file is now the module __main__, and eval.py imports it once more, as mae_clip. All runs
+    # with the classes of that one, so that both speak of the same.
     from mae_clip import main
 
     main()
