@@ -79,7 +79,7 @@ class ModelConfig:
     text_depth: int = 1  # blocks of the text tower
     text_heads: int = 3  # attention heads of the text tower
     context: int = 16  # tokens a caption, SOT and EOT included
-    vocab_size: int = 512  # ids of tokens, at most where they are learned (else --tokenizer's)
+    vocab_size: int = 512  # token ids: the most to learn; with --tokenizer that file's number
     embed: int = 64  # width of the space that images and captions share
     decoder_width: int = 64  # of the decoder's tokens (MAE: 512)
     decoder_depth: int = 1  # blocks of the decoder (MAE: 8)
@@ -221,9 +221,9 @@ def random_text_mask(noise, tokens, ratio):
     # SOT and EOT have the first two places, so they stay; padding, behind `end`, is never masked.
     mask = (place >= kept) & (position < end)
     # Sorted again with removed tokens last (key 3), the first K of the list are what the encoder
-    # sees. K is what a full caption keeps. A shorter one keeps no more, so all that it keeps is in
-    # the first K; and it loses no more than the T - K of a full one, so nothing that it loses is.
-    # Stable: SOT comes before EOT, and padding in order.
+    # sees. K is what a full caption keeps. A shorter one keeps at most K, so all that it keeps is
+    # in the first K. It loses at most T - K, so all that it loses is in the rest. Stable: SOT comes
+    # before EOT, and padding in order.
     keep = order.masked_fill(mask, 3).argsort(dim=1, stable=True)[:, : kept_of_length[-1]]
     return keep, mask
 
@@ -351,7 +351,8 @@ class ImageEncoder(nn.Module):
         # On patches a convolution is a matrix product.
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D,P*P*3), channel fastest
         x = F.linear(x, weight, proj.bias) + position  # (B,K,D)
-        cls = self.cls_token + self.pos_embed[:, :1]  # zeros here; timm's may have a position
+        # The position of CLS is zero here, but may be another in weights of timm's.
+        cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B,1+K,D)
         real = None
         if text is not None:
@@ -387,8 +388,8 @@ def no_padding(tokens, position=None):
 
 
 class TextEncoder(nn.Module):
-    """Text transformer that looks both ways: in a causal one no token would see what is kept right
-    of it."""
+    """Text transformer that is not causal: in a causal one a token would not see the kept tokens
+    that come after it."""
 
     def __init__(self, config):
         super().__init__()
@@ -557,9 +558,9 @@ def simclr_loss(a, b, temperature=0.1):
 # or views, or errors of removed positions) and, where rows must find each other, from the gathered
 # features of all. of_all_ranks gathers these parts, and their mean (in masked_mean their sum over
 # the count of all) is the loss L of the whole batch: the same number on every rank.
-# Backward. Each of the n ranks starts from its own copy of L. The backward pass of a gather sums,
-# for each value, what the n ranks send back to it. So a part l_w receives n dL/dl_w. Through all
-# parts together, since they may all have used it, a row r receives n dL/dr.
+# Backward. Each of the n ranks starts from its own copy of L, which sends dL/dl_w to the part l_w;
+# the backward pass of the gather sums over the ranks, so l_w receives n dL/dl_w. Every part may
+# have used a row r, so r receives the sum over w of n (dL/dl_w) (dl_w/dr), which is n dL/dr.
 # A parameter p, of which every rank has a copy, then receives on rank w, from that rank's rows,
 #     g_w = sum over the rows r of rank w of n (dL/dr) (dr/dp),
 # and the mean over ranks, which DistributedDataParallel takes, is that of one GPU with all rows:
@@ -577,8 +578,8 @@ def gather(x):
     """(B,...) -> (G,...): the rows of all ranks, in their order, with gradient."""
     if not dist.is_initialized():
         return x
-    # Before torch 2.13 all_gather's backward pass needs a gradient that is contiguous in memory:
-    # the backward pass of chunk makes it so. Forward, chunk(1)[0] is all that was gathered.
+    # chunk(1)[0] is the identity. Its backward pass makes the gradient contiguous in memory, as
+    # all_gather's own needs it before torch 2.13.
     return all_gather(x, 0, dist.group.WORLD).chunk(1)[0]
 
 
@@ -620,8 +621,9 @@ class MAECLIP(nn.Module):
     """The five methods over one set of parts.
 
     A term of weight 0 is not computed, and a part that only such terms need is not built. Weights
-    are drawn by name, and masks by the noise that is passed in, so nothing left out shifts what is
-    left: mae_clip with both reconstruction weights 0 is clip, on a CPU bit for bit.
+    are drawn by name, and masks by the noise that is passed in, so what is not built changes
+    neither the weights nor the masks of the rest: mae_clip with both reconstruction weights 0 is
+    clip, on a CPU bit for bit.
     """
 
     def __init__(self, config):
@@ -725,11 +727,11 @@ class MAECLIP(nn.Module):
         if image_masked is not None:
             removed = take(patchify(images, config.patch_size), image_masked.removed)  # (B,R,P*P*3)
             found["image_error"] = image_error(pixels, removed, config.norm_pix)  # (B,R)
-            # (B,R), True where a slot is not spare: of patches none is
+            # (B,R), all True, as patches leave no spare slots
             found["image_counted"] = image_masked.mask.gather(1, image_masked.removed)
         if text_masked is not None:
             found["text_error"] = text_error(logits, tokens.gather(1, text_masked.removed))  # (B,R)
-            # (B,R), True where a slot is not spare
+            # (B,R), False at spare slots
             found["text_counted"] = text_masked.mask.gather(1, text_masked.removed)
         if "contrastive" in self.terms:
             ratio = config.contrastive_mask_ratio
@@ -798,10 +800,9 @@ class MAECLIP(nn.Module):
     def reconstruct(self, images, tokens, image_noise=None, text_noise=None):
         """What the decoder makes of a masked pair (arguments as in forward) -> dict:
 
-        `image` (B,N,P*P*3): predicted patches in the loss's space (each normalised, with
-        norm_pix), the true ones where visible; `image_mask` (B,N); `text` (B,T): predicted ids
-        where removed, else the caption's; `text_mask` (B,T). ValueError for a method without
-        decoder.
+        `image` (B,N,P*P*3): in the loss's space (each patch normalised, with norm_pix), predicted
+        where removed, true where visible; `image_mask` (B,N); `text` (B,T): predicted ids where
+        removed, else the caption's; `text_mask` (B,T). ValueError where there is no decoder.
         """
         if not self.has_decoder:
             raise ValueError(
@@ -856,7 +857,7 @@ CHOICES = {
     "precision": ["auto", "fp32", "bf16"],
     "optimizer": ["muon", "adamw"],
 }
-# The least values of settings: 1 of whole numbers and 0 of others, but for these.
+# The least values allowed. Of a setting that is not listed: 1 if it is an int, 0 if a float.
 LOWEST = {"batch_size": 2, "crop": 0.01, "context": 3, "vocab_size": 259}
 LOWEST |= dict.fromkeys("seed data_seed samples stop_after warmup workers".split(), 0)
 SHARES = "mask_ratio text_mask_ratio contrastive_mask_ratio crop".split()
@@ -871,7 +872,7 @@ class Config(ModelConfig):
     resume: bool = False  # go on from the newest checkpoint in the run's folder, if it has one
     seed: int = 0  # of initial weights, order, crops, captions and masks
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: str = "auto"  # fp32, bf16 or auto: bf16 on CUDA, and on a CPU that is faster so
+    precision: str = "auto"  # fp32, bf16 or auto: bf16 on CUDA, and on a CPU if it is faster there
     compile: bool | None = None  # torch.compile of the blocks; by default on CUDA, above width 256
     log_every: int = 50  # steps between lines of the log
     save_every: int = 500  # steps between checkpoints
@@ -885,7 +886,7 @@ class Config(ModelConfig):
     workers: int = 1  # processes that decode ahead
     crop: float = 1.0  # random crops of at least so much area, unless cut short; 1: centre crop
     steps: int = 500  # optimiser steps
-    stop_after: int = 0  # save and stop after so many steps in all; 0: at the last
+    stop_after: int = 0  # save and stop after so many steps in all; 0: at --steps
     batch_size: int = 256  # pairs a step, over all processes
     optimizer: str = "muon"  # of linear layers' matrices: muon or adamw; all else has adamw
     lr: float = 1e-2  # peak learning rate
@@ -952,8 +953,7 @@ TABLE = """
 
 
 def read_table(text):
-    """A table of settings -> {name of a column: {field: value of the type of the field's
-    default}}."""
+    """A table of settings -> {name of a column: {field: value, of the field's type}}."""
     columns, *rows = [line.split() for line in text.strip().splitlines()]
     table = {column: {} for column in columns}
     for field, *values in rows:
@@ -1005,8 +1005,8 @@ class Muon(torch.optim.Optimizer):
             momentum.lerp_(gradient, 0.05)  # 0.95 of the momentum, 0.05 of the gradient
             # Nesterov's look ahead: 0.05 of the gradient, 0.95 of the new momentum.
             direction = orthogonalise(gradient.lerp(momentum, 0.95))
-            # In the root mean square the entries of AdamW's steps are about 0.2, and those of an
-            # orthogonal matrix 1 / sqrt(longer side): this factor makes them equal.
+            # The root mean square of entries is about 0.2 in a step of AdamW, and 1 / sqrt(longer
+            # side) in an orthogonal matrix. This factor turns the second into the first.
             size = 0.2 * max(parameter.shape) ** 0.5
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.sub_(direction, alpha=group["lr"] * size)
@@ -1117,7 +1117,7 @@ def keep_memory():
     """Makes glibc keep freed memory, which the next step would have to fault in again."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its most
+        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its maximum of 32 MiB
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
@@ -1195,9 +1195,9 @@ def load(path, device="cpu"):
 
 
 def open_run(config):
-    """Makes the run's folder -> the newest checkpoint's state, None where there is none; DataError
-    where the folder holds a run (a config.json) but --resume was not given, or one with other
-    settings."""
+    """Makes the run's folder -> the newest checkpoint's state, None where there is none. DataError
+    where the folder holds a run (its config.json) and --resume was not given, or where that run's
+    settings differ in more than MAY_CHANGE."""
     out = Path(config.out)
     if not config.resume and (out / "config.json").exists():
         raise DataError(f"{out}: holds a run; add --resume to go on, or give another --out")
@@ -1206,6 +1206,7 @@ def open_run(config):
         return None
     state = read_checkpoint(checkpoints(out)[0])
     then = asdict(state["config"])
+    # Finished, and now to be longer.
     if config.steps > state["step"] == then["steps"]:
         print(
             f"trained for {then['steps']:,} steps, and now for more: the learning rate rises to "
@@ -1307,9 +1308,9 @@ def announce(run, device, autocast):
 
 
 def log(run, rows, seconds, waited):
-    """Writes and shows a record of the last steps: means of their rows from train_step, where these
-    are finite, and rates -> True. Where not one of the steps was finite, it writes nothing ->
-    False, and where they were ten or more, that is a DataError."""
+    """Writes and shows a record of the last steps, the means of their finite rows (train_step's)
+    and rates; returns True. If no row is finite, it writes nothing and returns False; from ten rows
+    on that is a DataError."""
     config = run.config
     good = [row for row in rows if row is not None]
     if not good:
@@ -1354,8 +1355,8 @@ def fit(run, net, device, autocast):
         previous[number] = signal.signal(number, lambda came, _: signals.append(came))
     # disable=None hides the bar where stderr is no terminal.
     bar = tqdm(total=config.steps, initial=run.step, disable=rank > 0 or None)
-    # A stream goes on at the shard with the number `position`. Of local shards that is always 0:
-    # their batches are counted by steps.
+    # A stream's batches start at a shard, number `position`. Those of local shards, where position
+    # is always 0, start at a step.
     batches = run.loader.batches(run.loader.position or run.step)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
     try:
@@ -1403,7 +1404,7 @@ def train(config):
     rank, world = ranks()
     state = open_run(config)
     loader, config = open_data(config, state)
-    check_sets(config.eval_data)  # what cannot be scored is said now
+    check_sets(config.eval_data)  # a missing set, a header or class that does not fit: now
     torch.manual_seed(config.seed)
     model = MAECLIP(config).to(device)
     run = Run(config, model, make_optimizers(model, config), loader)
@@ -1482,8 +1483,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # This file is now the module __main__, and eval.py imports it once more, as mae_clip. All runs
-    # with the classes of that one, so that both speak of the same.
+    # Run as a script, this file is the module __main__, while eval.py imports it as mae_clip. So
+    # main is taken from there: else objects of two classes of each name would meet.
     from mae_clip import main
 
     main()
