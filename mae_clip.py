@@ -116,7 +116,8 @@ def normalise_images(images):
     are."""
     if images.dtype != torch.uint8:
         return images
-    return (images.float() / 255 - IMAGE_MEAN.to(images.device)) / IMAGE_STD.to(images.device)
+    x = images.float() / 255
+    return (x - IMAGE_MEAN.to(x)) / IMAGE_STD.to(x)
 
 
 def patchify(images, patch):
@@ -1074,11 +1075,12 @@ def ranks():
 @cache
 def bf16_speedup(width):
     """Of a matrix product of that width on this CPU: the time in float32 over that in bfloat16."""
-    seconds = []
-    for dtype in (torch.bfloat16, torch.float32):
-        factor = {"x": torch.ones(1024, width, dtype=dtype)}
-        seconds.append(min(timeit.repeat("x @ x.T", globals=factor, number=1, repeat=5)))
-    return seconds[1] / seconds[0]
+
+    def seconds(x):
+        return min(timeit.repeat(lambda: x @ x.T, number=1, repeat=5))
+
+    x = torch.ones(1024, width)
+    return seconds(x) / seconds(x.bfloat16())
 
 
 def pick_device(config):
@@ -1127,10 +1129,10 @@ def keep_memory():
 # same. --data may be another path to the same samples: open_data compares the shards' sizes and the
 # samples' keys (of streams the shards' names). The tokenizer, and with it vocab_size, is the
 # checkpoint's. A run that came to its last step may be given more --steps.
-MAY_CHANGE = (
-    "out resume device precision compile log_every save_every data eval_data workers stop_after "
-    "tokenizer vocab_size accumulate".split()
-)
+MAY_CHANGE = """
+    out resume device precision compile log_every save_every data eval_data workers stop_after
+    tokenizer vocab_size accumulate
+""".split()
 
 
 @dataclass
@@ -1186,8 +1188,7 @@ def read_checkpoint(path):
 def load(path, device="cpu"):
     """path of a checkpoint, or of a run's folder, which stands for its newest -> the model in eval
     mode, its tokenizer (None for mae) and its Config."""
-    found = checkpoints(path)
-    state = read_checkpoint(found[0] if found else path)
+    state = read_checkpoint([*checkpoints(path), path][0])
     model = MAECLIP(state["config"])
     model.load_state_dict(state["model"])
     tokenizer = None if state["merges"] is None else Tokenizer(state["merges"])
@@ -1351,8 +1352,10 @@ def fit(run, net, device, autocast):
     last = min(config.steps, config.stop_after or config.steps)
     signals = [0]  # numbers of the signals that came; the largest counts, and 0 stands for none
     previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, lambda came, _: signals.append(came))
+    # Ctrl-C, kill, a closed terminal (which Windows does not tell).
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            previous[number] = signal.signal(number, lambda came, _: signals.append(came))
     # disable=None hides the bar where stderr is no terminal.
     bar = tqdm(total=config.steps, initial=run.step, disable=rank > 0 or None)
     # A stream's batches start at a shard, number `position`. Those of local shards, where position

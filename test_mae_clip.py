@@ -3661,8 +3661,27 @@ def test_a_few_steps_that_are_not_finite_do_not_end_a_run(tmp_path, monkeypatch)
     assert (tmp_path / "run" / "results.json").exists()
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_says_how_to_go_on_and_ends_with_its_code(tmp_path, number, code):
+SIGNALS = [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)]  # names and exit codes
+
+
+@pytest.fixture
+def from_a_terminal():
+    """Signals as a shell's foreground job has them; a background one, as the tests may be, ignores
+    SIGINT, and one of nohup SIGHUP."""
+    before = {}
+    for name, _ in SIGNALS:
+        number = getattr(signal, name)
+        before[number] = signal.signal(number, lambda *_: None)  # a child has the default again
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name, code", SIGNALS)
+def test_a_signal_saves_says_how_to_go_on_and_ends_with_its_code(
+    tmp_path, from_a_terminal, name, code
+):
+    number = getattr(signal, name)
     out = tmp_path / "run"
     flags = [*TINY, "--steps", 5000, "--log-every", 1, "--out", out]
     command = [sys.executable, HERE / "mae_clip.py", *[str(word) for word in flags]]
@@ -3676,6 +3695,22 @@ def test_a_signal_saves_says_how_to_go_on_and_ends_with_its_code(tmp_path, numbe
     assert process.returncode == code
     assert "--resume" in said
     assert list(out.glob("checkpoint-*.pt"))
+
+
+def test_a_signal_that_the_run_was_started_to_ignore_does_not_stop_it(tmp_path, monkeypatch):
+    step = mae_clip.train_step
+
+    def hung_up(*arguments):
+        signal.raise_signal(signal.SIGHUP)
+        return step(*arguments)
+
+    monkeypatch.setattr(mae_clip, "train_step", hung_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        run(*TINY, "--method", "clip", "--steps", 2, "--out", tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "run" / "results.json").exists()
 
 
 def test_a_signal_in_the_last_step_does_not_cost_the_scores(tmp_path, monkeypatch):
