@@ -898,10 +898,13 @@ def read_folder(folder):
         fields = {"txt": ""}
         if inside:
             name = file.parts[0]
-            label = str(classes.index(name))
-            fields = {"cls": label, "txt": PACK_TEMPLATE.replace("{c}", name)}
+            caption = PACK_TEMPLATE.replace("{c}", name)
+            fields = {"cls": str(classes.index(name)), "txt": caption}
         photos.append((folder / file, fields))
-    print(f"{len(files) - len(photos)} files are passed over: no {IMAGE_FIELDS}, or of no class")
+    print(
+        f"{len(files) - len(photos)} of {dict(Counter(file.suffix for file in files))} are passed "
+        f"over: their names do not end in {IMAGE_FIELDS}, or they lie beside the class folders"
+    )
     return photos, classes
 
 

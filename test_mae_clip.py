@@ -2788,7 +2788,8 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
     (photos / "empty").mkdir()
     out = tmp_path / "out"
     code, said, err = command("pack", photos, out, "--test", 0.3)
-    assert code == 0 and "2 files are passed over" in said and "2 left out" in said
+    assert code == 0 and "2 of {'.png': 23, '.heic': 1} are passed over" in said
+    assert "2 left out" in said
     assert "broken.png: image header" in err and "No such file" in err
     assert f"python mae_clip.py --data {out}" in said
     assert (out / "classnames.txt").read_text().split() == ["cat", "dog"]

@@ -29,10 +29,15 @@ def count(path, until=None):
         if isinstance(node, ast.ClassDef) and node.name == until:
             last = node.end_lineno
     tokens = 0
+    inside = 0  # how many f-strings are open: one is one token, as it is before Python 3.12
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        name = tokenize.tok_name[token.type]
+        inside -= name == "FSTRING_END"
         line = token.start[0]
         documents = token.type == tokenize.STRING and line in docstrings
-        tokens += token.type not in FREE and not documents and line <= last
+        free = token.type in FREE or documents or inside or name == "FSTRING_END"
+        tokens += not free and line <= last
+        inside += name == "FSTRING_START"
     return tokens
 
 
