@@ -730,9 +730,8 @@ def panels(config, found):
             variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
             contrast = (variance + 1e-6).sqrt()
             share = ~removed / (~removed).sum(dim=1, keepdim=True)  # 1 / visible ones, or 0
-            usual = (share * contrast).sum(
-                dim=1, keepdim=True
-            )  # the visible patches' mean contrast
+            # The visible patches' mean contrast, and below their mean value.
+            usual = (share * contrast).sum(dim=1, keepdim=True)
             alone = predicted * usual + (share * mean).sum(dim=1, keepdim=True)
             columns["prediction alone"] = alone.where(removed, patches)
             predicted = predicted * contrast + mean
