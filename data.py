@@ -58,7 +58,7 @@ def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mae_clip")
 
 
-def be_quiet(worker=0):
+def be_quiet(worker):
     """In a worker process: Ctrl-C is the parent's, and so are the cores, where it wants them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(AttributeError):  # Windows has no nice
@@ -259,8 +259,7 @@ def decode(data, pixels=1 << 30):
         with suppress(Exception):  # it turns the image, and then may fail on its other tags
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits, which Pillow's convert would clip
-            values = np.asarray(image, np.int32).clip(0, 65535) >> 8
-            image = Image.fromarray(values.astype(np.uint8))
+            image = image.convert("I").point(lambda value: value / 256).convert("L")
         if image.has_transparency_data:  # what is transparent shows white
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -439,27 +438,25 @@ NOWHERE = (0, 0)
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what is found near the end of a whole file
 
 
-def check(file, image, text, note, captioned):
-    """DataError where a sample with these places, of its image, txt and json, is of no use. An
-    image is judged by its header and its end; where the end leaves a doubt it is decoded: how a
-    file ends is no reason to leave it out."""
-    offset, size = image
-    if not size:
+def check(sample, captioned):
+    """DataError where a raw sample with the fields of INDEXED is of no use. An image is judged by
+    its header and its end; where the end leaves a doubt it is decoded: how a file ends is no reason
+    to leave it out."""
+    content = sample["jpg"]
+    if not content:
         raise DataError("no image")
-    if captioned and not captions({"txt": read(file, *text), "json": read(file, *note)}):
+    if captioned and not captions(sample):
         raise DataError("no caption")
-    tail = min(size, 1024)
-    end = read(file, offset + size - tail, tail)
     with suppress(DataError):
-        header = open_image(read(file, offset, min(size, 1 << 14)))
-        if ENDS.get(header.format, b"") in end:
+        header = open_image(content)
+        if ENDS.get(header.format, b"") in content[-1024:]:
             return
-    decode(read(file, offset, size))
+    decode(content)
 
 
-def index(file, captioned):
+def index(file, shard, captioned):
     """An open shard -> keys and rows (offset and size of each of INDEXED) of what is readable,
-    (key, cause) of the rest. captioned: must samples have a caption."""
+    (name, cause) of the rest. captioned: must samples have a caption."""
     keys = []
     rows = []
     bad = []
@@ -468,13 +465,13 @@ def index(file, captioned):
             row = [places.get(field, NOWHERE) for field in INDEXED]
             row[0] = image_of(places) or NOWHERE
             try:
-                check(file, *row, captioned)
+                check(loaded(file, key, INDEXED, row), captioned)
                 keys.append(key)
                 rows.append(row)
             except DataError as error:
-                bad.append((key, str(error)))
+                bad.append((f"{shown(shard)} {key}", str(error)))
     except DataError as error:
-        bad.append(("", str(error)))
+        bad.append((shown(shard), str(error)))
     return keys, rows, bad
 
 
@@ -484,13 +481,13 @@ def index_shard(job):
     about = os.stat(path)
     # Inode and time of change tell a shard that was rewritten with equal size and date.
     times = f"{about.st_mtime_ns} {about.st_ctime_ns} {about.st_ino}"
-    state = f"5 {os.path.abspath(path)} {about.st_size} {times} {captioned}"
+    state = f"6 {os.path.abspath(path)} {about.st_size} {times} {captioned}"
     name = hashlib.sha256(os.fsencode(state)).hexdigest()
     cache = cache_folder() / "index" / f"{name[:32]}.json"
     with suppress(OSError, ValueError):
         return json.loads(cache.read_text())
     with open(path, "rb") as file:
-        found = index(file, captioned)
+        found = index(file, path, captioned)
     with suppress(OSError):  # a cache that cannot be written costs time only
         cache.parent.mkdir(parents=True, exist_ok=True)
         cache.write_text(json.dumps(found))
@@ -517,7 +514,7 @@ class LocalShards:
         found = in_parallel(index_shard, [(shard, loader.captions) for shard in shards])
         for n, (keys, places, bad) in enumerate(found):
             self.keys += keys
-            self.bad += [(f"{shown(shards[n])} {key}", cause) for key, cause in bad]
+            self.bad += bad
             shard_of += [n] * len(keys)
             rows += places
         self.shard_of = np.array(shard_of)
@@ -571,21 +568,21 @@ class Stream:
         count = len(self.shards)
         samples = []
         for number in numbers:
-            turn = number if loader.resample else number // count
+            turn, place = divmod(number, count)
             rng = np.random.default_rng([loader.seed, turn, loader.rank])
+            order = rng.permutation(count)
             if loader.resample:
-                shard = self.shards[rng.integers(count)]
-            else:
-                shard = self.shards[rng.permutation(count)[number % count]]
+                order = rng.integers(count, size=count)
+            shard = self.shards[order[place]]
             with opened(shard) as file:
-                keys, rows, bad = index(file, loader.captions)
+                keys, rows, bad = index(file, shard, loader.captions)
                 for n in rng.permutation(len(keys)).tolist():
                     chance = [loader.seed, number, loader.rank, n]
                     samples.append((loaded(file, keys[n], INDEXED, rows[n]), chance))
                     if len(samples) == loader.batch_size:
                         yield samples, [], number + 1
                         samples = []
-            yield [], [(f"{shown(shard)} {key}", cause) for key, cause in bad], number + 1
+            yield [], bad, number + 1
 
 
 @dataclass(eq=False)
@@ -669,15 +666,18 @@ class Loader:
         shards = len(self.reader.shards)
         if self.stream:
             return f"{shards} streamed shards"
-        count = len(self.reader.chosen)
-        words = f"{count:,} samples, {len(self):,} batches an epoch, in {shards} shards"
+        image = open_image(self.reader.sample(0)["jpg"])
+        words = (
+            f"{len(self.reader.chosen):,} samples, {len(self):,} batches an epoch, in {shards} "
+            f"shards; the first image has {image.width} x {image.height} pixels"
+        )
         if self.tokenizer:
             texts = islice(self.texts(), 1000)
             lengths = [len(self.tokenizer.encode(text)) + 2 for text in texts]
-            cut = np.greater(lengths, self.context).mean()
             words += (
-                f"; {cut:.1%} of captions are cut at --context {self.context} (of 99 % the length "
-                f"is at most {np.quantile(lengths, 0.99):.0f})"
+                f"; {np.greater(lengths, self.context).mean():.1%} of captions are cut at "
+                f"--context {self.context} (of 99 % the length is at most "
+                f"{np.quantile(lengths, 0.99):.0f})"
             )
         return words
 
@@ -734,10 +734,10 @@ class Loader:
         if not made:
             raise DataError(f"no image of a whole batch decodes: {failed[-1][1]}")
         made = [made[n % len(made)] for n in range(self.batch_size)]
-        texts = [text for _, text, _ in made]
+        keys, texts, images = zip(*made, strict=True)
         tokens = (self.tokenizer or Tokenizer([])).batch(texts, self.context)
-        images = np.stack([image for _, _, image in made])  # torch's threads stay with the model
-        return Batch(torch.from_numpy(images), tokens, [key for key, _, _ in made])
+        images = torch.from_numpy(np.stack(images))  # torch's threads stay with the model
+        return Batch(images, tokens, list(keys))
 
     def batches(self, start, stop=sys.maxsize):
         """Yields the Batches of steps start ... stop - 1, which count on from epoch to epoch; of a
@@ -953,11 +953,14 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
         photos = read_table(source)
     if not photos:
         raise DataError(f"{source}: holds no photos, neither in class folders nor in a table")
-    photos = [photos[n] for n in np.random.default_rng(0).permutation(len(photos))]
-    count = int(test * len(photos))
+    order = np.random.default_rng(0).permutation(len(photos)).tolist()
+    by_class = sorted(order, key=lambda n: photos[n][1].get("cls", ""))
+    # At even distances in that list: so each class gives its share, drawn by chance.
+    tested = {by_class[int(n / test)] for n in range(int(test * len(photos)))}
     jobs = []
     shards = {}  # of each split
-    for split, part in (("test", photos[:count]), ("train", photos[count:])):
+    for split in ("test", "train"):
+        part = [photos[n] for n in order if (n in tested) == (split == "test")]
         for first in range(0, len(part), shard):
             path = f"{split}/{first // shard}.tar"
             jobs.append((path, packed, first, part[first : first + shard], size))
@@ -978,11 +981,15 @@ def inspect(source):
     Exit code 1: something is wrong with some samples; 2: with most of them.
     """
     first = list(islice(read_samples(source), 5))
-    classes = any("cls" in sample for sample in first)  # then samples need no caption
-    loader = Loader(source, 1, 1, None, 3, captions=not classes)
+    labelled = any("cls" in sample for sample in first)  # then samples need no caption
+    loader = Loader(source, 1, 1, None, 3, captions=not labelled)
     print(f"{loader.about()}; {loader.report()}")
     for sample in first:
-        print(f"{sample['__key__']}: fields {list(sample)}, captions {captions(sample)}")
+        words = captions(sample)
+        with suppress(LookupError, ValueError, OSError):  # no class, or no name of it
+            names = Path(loader.reader.shards[0]).parents[1] / "classnames.txt"
+            words = words or names.read_text("utf-8-sig").split("\n")[int(sample["cls"])]
+        print(f"{sample['__key__']}: fields {list(sample)}, captions or class {words}")
     return 1 if loader.bad else 0
 
 

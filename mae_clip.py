@@ -1300,7 +1300,7 @@ def announce(run, device, autocast):
         )
     print(f"method      {config.method}: {size:,} parameters, loss weights {config.weights()}")
     print(f"device      {device}, {precision}; {ranks()[1]} process(es)")
-    print(f"data        {run.loader.about()}; images at {config.image_size} px")
+    print(f"data        {run.loader.about()}; all are trained at {config.image_size} px")
     print(
         f"steps       {run.step:,} to {config.steps:,}, the first {config.warmup:,} warm-up; "
         f"learning rate now {learning_rate(run.step, config):.2g}; "

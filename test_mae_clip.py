@@ -2801,7 +2801,8 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
             assert name == ["cat", "dog"][label]
             assert data.captions(sample) == [f"a photo of a {name}"]
             labels.append(label)
-    assert labels.count(0) == labels.count(1) == 10
+    assert labels[:14].count(0) == labels[:14].count(1) == 7  # of train; test has 3 of each
+    assert labels[14:].count(0) == labels[14:].count(1) == 3
     code, _, err = command("pack", photos, tmp_path / "wrong", "--test", 10)
     assert code == 2 and "must be a share" in err
     for source, says in (("nowhere.csv", "nowhere.csv"), ("classes/empty", "holds no photos")):
@@ -2837,10 +2838,18 @@ def test_inspect_reports_and_its_exit_code_says_whether_something_is_wrong(tmp_p
     bad = tar_of(tmp_path / "bad.tar", [("x.jpg", b"bad"), ("x.txt", b"x")])
     labelled = tar_of(tmp_path / "labelled.tar", [("x.jpg", picture()), ("x.cls", b"3")])
     code, said, _ = command("inspect", tmp_path / "s")
-    assert code == 0 and "7 samples" in said and "captions ['number 0']" in said
+    assert code == 0 and "7 samples" in said and "captions or class ['number 0']" in said
+    assert "the first image has 24 x 16 pixels" in said
     code, said, _ = command("inspect", f"{tmp_path}/s/*.tar::{bad}")
     assert code == 1 and "1 x image header unreadable" in said
-    assert command("inspect", labelled)[0] == 0
+    code, said, _ = command("inspect", labelled)  # a shard alone, without names of its classes
+    assert code == 0 and "captions or class []" in said
+    named = tmp_path / "set"
+    (named / "test").mkdir(parents=True)
+    (named / "classnames.txt").write_text("cat\ndog\ncow\nowl\n")
+    shutil.copy(labelled, named / "test" / "0.tar")
+    code, said, _ = command("inspect", named / "test" / "0.tar")
+    assert code == 0 and "captions or class owl" in said
     for source in (bad, tmp_path / "none.tar"):
         assert command("inspect", source)[0] == 2
 
