@@ -1145,6 +1145,7 @@ class Run:
     loader: Loader
     step: int = 0
     seconds: float = 0.0  # of training, in all sittings; added up at each line of the log
+    logged: str = ""  # what log.jsonl holds of the steps so far
 
 
 def checkpoints(out):
@@ -1160,6 +1161,7 @@ def save_checkpoint(run):
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
         "step": run.step,
         "seconds": run.seconds,
+        "logged": run.logged,
         "config": asdict(run.config),
         "data": run.loader.identity,
         "position": run.loader.position,
@@ -1214,12 +1216,13 @@ def open_run(config):
             f"where it would be had --steps been {config.steps:,}"
         )
         del then["steps"]
-    other = [
-        name for name in then if name not in MAY_CHANGE and then[name] != getattr(config, name)
+    flags = [
+        f"{flag(name)} {then[name]}"
+        for name in then
+        if name not in MAY_CHANGE and then[name] != getattr(config, name)
     ]
-    if other:
-        flags = " ".join(f"{flag(name)} {then[name]}" for name in other)
-        raise DataError(f"{out}: was trained with {flags}; give that, or another --out")
+    if flags:
+        raise DataError(f"{out}: was trained with {' '.join(flags)}; give that, or another --out")
     return state
 
 
@@ -1277,8 +1280,9 @@ def training_batch(config, step, batch, device):
     # All of it is drawn for every method, so that methods have the same masks.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {step}".encode()))
     noise = torch.rand(world * B, sum(sizes), generator=generator).chunk(world)[rank]
-    inputs = [batch.images, batch.tokens, noise]
-    images, tokens, noise = [x.to(device, non_blocking=True) for x in inputs]
+    images, tokens, noise = [
+        x.to(device, non_blocking=True) for x in (batch.images, batch.tokens, noise)
+    ]
     image_noise, text_noise, *view_noise = noise.split(sizes, dim=1)
     views = None
     if "simclr" in config.weights():
@@ -1334,8 +1338,10 @@ def log(run, rows, seconds, waited):
     if "contrastive" in record:
         record["scale"] = run.model.logit_scale.exp().item()
     if ranks()[0] == 0:
+        line = json.dumps(record) + "\n"
+        run.logged += line
         with open(f"{config.out}/log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(line)
         terms = "  ".join(f"{name} {record[name]:.3f}" for name in config.weights())
         tqdm.write(
             f"step {run.step:,}  {terms}  {record['pairs_per_second']:.0f} pairs/s  "
@@ -1415,13 +1421,15 @@ def train(config):
         model.load_state_dict(state["model"])
         for optimizer, values in zip(run.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
-        run.step = state["step"]
-        run.seconds = state["seconds"]
+        for name in ("step", "seconds", "logged"):
+            setattr(run, name, state[name])
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     compile_blocks(model, config, device)
     out = Path(config.out)
     if rank == 0:
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
+        # Without what was logged after the checkpoint: those steps come again.
+        (out / "log.jsonl").write_text(run.logged)
         announce(run, device, autocast)
     stopped = fit(run, net, device, autocast)
     if rank == 0:
@@ -1444,13 +1452,6 @@ def train(config):
 # --- The command line -----------------------------------------------------------------------------
 
 
-@cache
-def comments(kind):
-    """{field: the comment beside it}, so that --help says what a reader of the class sees. It is
-    read from the source: each field stands on one line, its comment after two spaces."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.MULTILINE))
-
-
 def parse(argv=None):
     """The command line as a Config: the scale's preset, overridden by the flags that were given."""
     parser = argparse.ArgumentParser(
@@ -1463,7 +1464,9 @@ def parse(argv=None):
     parser.add_argument("--scale", default="small", help="tiny, small, base or large (small)")
     for kind in (ModelConfig, Config):
         group = parser.add_argument_group(f"{kind.__name__} (in brackets the defaults of small)")
-        for name, text in comments(kind).items():
+        # A field stands on one line of the class; the comment after it is its flag's help.
+        lines = re.findall(r"(?m)^    (\w+): .*?  # (.*)$", inspect.getsource(kind))
+        for name, text in lines:
             setting = Config.__dataclass_fields__[name]
             options = {"type": setting.type}
             if setting.type in (bool, bool | None):
