@@ -794,7 +794,7 @@ def draw_reconstructions(model, tokenizer, dataset, path, count=8):
         note += "reconstruction: at each removed patch's true ones, which are not predicted"
         draw.text((8, 36 + rows * step), note, "dimgrey", font)
     sheet.save(path)
-    say(f"the picture is {path}")
+    say(f"the picture is {path}; in captions, escapes stand for letters that Pillow's font lacks")
 
 
 # --- Benchmark ------------------------------------------------------------------------------------

@@ -1342,9 +1342,9 @@ def log(run, rows, seconds, waited):
         run.logged += line
         with open(f"{config.out}/log.jsonl", "a") as file:
             file.write(line)
-        terms = "  ".join(f"{name} {record[name]:.3f}" for name in config.weights())
+        terms = " ".join(f"{name} {record[name]:.3f}" for name in config.weights())
         tqdm.write(
-            f"step {run.step:,}  {terms}  {record['pairs_per_second']:.0f} pairs/s  "
+            f"step {run.step:,} {terms} {record['pairs_per_second']:.0f} pairs/s "
             f"{record['waiting']:.0%} waiting"
         )
     return True
