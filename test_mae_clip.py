@@ -3537,7 +3537,7 @@ def test_lines_of_the_log_say_every_term_and_fit_80_columns(finished):
     for line in lines:
         assert len(line) <= 80 and "pairs/s" in line and "waiting" in line
         for term in METHODS[finished.method]:
-            assert re.search(rf"  {term} \d+[.]\d{{3}}", line)
+            assert re.search(rf" {term} \d+[.]\d{{3}}", line)
 
 
 def test_a_run_logs_every_term_and_figure_of_its_steps(finished):
