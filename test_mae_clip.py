@@ -18,6 +18,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import symtable
 import sys
 import tarfile
 import threading
@@ -2073,6 +2074,152 @@ def test_a_section_pasted_with_those_above_it_that_it_names_runs(tmp_path, title
     image = record_mask(*random_mask(torch.rand(2, 4), 0.5), None)
     given = {"images": images, "tokens": tokens, "image": image, "config": ModelConfig()}
     runpy.run_path(str(tmp_path / "pasted.py"), given)
+
+
+def definitions(path):
+    """{name: [(line, text), ...]} of a file's functions, classes and constants, and of its
+    imports."""
+    source = path.read_text()
+    lines = source.splitlines()
+    defined = {}
+    imported = {}
+    for statement in ast.parse(source).body:
+        place = defined
+        if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            names = [statement.name]
+        elif isinstance(statement, ast.Assign):
+            targets = [node for target in statement.targets for node in ast.walk(target)]
+            names = [node.id for node in targets if isinstance(node, ast.Name)]
+        elif isinstance(statement, (ast.Import, ast.ImportFrom)):
+            names = [(alias.asname or alias.name).split(".")[0] for alias in statement.names]
+            place = imported
+        else:
+            continue
+        decorators = getattr(statement, "decorator_list", [])
+        first = min([statement.lineno, *[each.lineno for each in decorators]])
+        text = "\n".join(lines[first - 1 : statement.end_lineno])
+        for name in names:
+            place.setdefault(name, []).append((first, text))
+    return defined, imported
+
+
+def globals_read(text):
+    """Names that a text reads from its module."""
+    tables = [symtable.symtable(text, "text", "exec")]
+    names = set()
+    for table in tables:  # which grows
+        tables += table.get_children()
+        read = [each for each in table.get_symbols() if each.is_referenced()]
+        names |= {each.get_name() for each in read if each.is_global()}
+    return names
+
+
+def names_to_copy(name, defined, imported):
+    """What a definition needs beside itself -> names of definitions, in their order, and of
+    imports."""
+    needed = [name]
+    for each in needed:  # which grows
+        for _, text in defined.get(each, []):
+            for other in globals_read(text):
+                if other in {*defined, *imported} - set(needed):
+                    needed.append(other)
+    with_it = [other for other in defined if other in needed and other != name]
+    return with_it, [other for other in imported if other in needed]
+
+
+# What is copied, and a use of it with the example's images and tokens.
+COPIES = {
+    "mae_clip.py": {
+        "normalise_images": "normalise_images(images)",
+        "patchify": "patchify(images, 8)",
+        "unpatchify": "unpatchify(torch.rand(1, 4, 12), 2, 4, 4)",
+        "sincos_2d": "sincos_2d(8, 2, 3)",
+        "random_mask": "random_mask(torch.rand(2, 16), 0.75)",
+        "random_text_mask": "random_text_mask(torch.rand(6, 16), tokens, 0.75)",
+        "record_mask": "record_mask(torch.tensor([[1]]), torch.tensor([[True, False]]), None)",
+        "Attention": "Attention(8, 2)(torch.rand(2, 4, 8), torch.ones(2, 4, dtype=torch.bool))",
+        "Block": "Block(8, 2)(torch.rand(2, 4, 8), None)",
+        "ImageEncoder": "ImageEncoder(config)(images)",
+        "TextEncoder": "TextEncoder(config)(tokens)",
+        "Decoder": "Decoder(config)",
+        "unit_norm": "unit_norm(torch.rand(2, 3))",
+        "contrastive_loss": "contrastive_loss(torch.eye(3), torch.eye(3), 10.0)",
+        "patch_targets": "patch_targets(torch.rand(2, 4, 12))",
+        "image_error": "image_error(torch.rand(2, 4, 12), torch.rand(2, 4, 12))",
+        "text_error": "text_error(torch.rand(6, 16, 300), tokens)",
+        "masked_mean": "masked_mean(torch.rand(2, 4), torch.rand(2, 4) < 0.5)",
+        "simclr_loss": "simclr_loss(torch.rand(4, 8), torch.rand(4, 8))",
+        "gather": "gather(torch.rand(2, 3))",
+        "pool": "pool(torch.rand(2, 5, 8), 'max')",
+        "simclr_head": "simclr_head(8)(torch.rand(2, 8))",
+        "MAECLIP": "MAECLIP(config)(images, tokens)['loss'].backward()",
+        "learning_rate": "learning_rate(3, config)",
+        "Muon": "Muon([torch.rand(2, 3, requires_grad=True)], {'lr': 0.1, 'weight_decay': 0.0})",
+        "make_optimizers": "make_optimizers(torch.nn.Linear(2, 3), config)",
+    },
+    "data.py": {
+        "Tokenizer": "Tokenizer.train(['a red circle', 'a red star'], 300).batch(['a red'], 8)",
+        "preprocess": "preprocess(photo, 16)",
+        "random_crop": "random_crop(content, 16, 0.5, np.random.default_rng(0))",
+        "read_samples": "list(read_samples(shard))",
+        "simclr_view": "simclr_view(images, torch.rand(6, 12))",
+    },
+    "eval.py": {
+        "zero_shot": "zero_shot(torch.eye(6), torch.eye(6), torch.arange(6))",
+        "retrieval": "retrieval(torch.eye(10), torch.eye(10), torch.arange(10))",
+        "fit_linear": "fit_linear(torch.rand(9, 2), torch.arange(9) % 3, 3, 0.1)",
+        "linear_probe": "linear_probe(features, labels, features, labels)",
+        "knn": "knn(features, labels, features, labels, k=3)",
+    },
+}
+
+
+def what_to_copy():
+    """docs/copying.md's table, as it follows from the code -> lines."""
+    rows = ["| of | copy | and with it | imported |", "| --- | --- | --- | --- |"]
+    for file, uses in COPIES.items():
+        found = definitions(HERE / file)
+        for name in uses:
+            cells = [
+                ", ".join(f"`{each}`" for each in part) for part in names_to_copy(name, *found)
+            ]
+            rows.append(f"| `{file}` | `{name}` | {' | '.join(cell or '-' for cell in cells)} |")
+    return rows
+
+
+def test_the_table_of_what_to_copy_is_what_the_code_needs():
+    table = (HERE / "docs" / "copying.md").read_text().splitlines()
+    assert [line for line in table if line.startswith("|")] == what_to_copy()
+
+
+@pytest.mark.parametrize(
+    "file, name", [(file, name) for file, uses in COPIES.items() for name in uses]
+)
+def test_what_is_copied_with_the_names_that_it_needs_runs_in_an_empty_file(tmp_path, file, name):
+    defined, imported = definitions(HERE / file)
+    with_it, imports = names_to_copy(name, defined, imported)
+    taken = set()  # an import of several names comes once
+    for each in imports:
+        taken |= set(imported[each])
+    for each in [*with_it, name]:
+        taken |= set(defined[each])
+    text = "\n".join(part for _, part in sorted(taken))
+    (tmp_path / "copied.py").write_text(f"{text}\n\n{COPIES[file][name]}\n")
+    images, tokens, *_ = example()
+    content = picture()
+    given = {
+        "torch": torch,
+        "np": np,
+        "images": images,
+        "tokens": tokens,
+        "config": preset("tiny", vocab_size=300),
+        "content": content,
+        "photo": Image.open(io.BytesIO(content)),
+        "shard": tar_of(tmp_path / "0.tar", [("x.jpg", content), ("x.txt", b"x")]),
+        "features": torch.eye(30).repeat(3, 1),
+        "labels": torch.arange(30).repeat(3),
+    }
+    runpy.run_path(str(tmp_path / "copied.py"), given)
 
 
 def test_part_one_imports_torch_and_the_standard_library_alone():
