@@ -5,6 +5,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import doctest
 import importlib.util
 import io
 import itertools
@@ -2220,6 +2221,19 @@ def test_what_is_copied_with_the_names_that_it_needs_runs_in_an_empty_file(tmp_p
         "labels": torch.arange(30).repeat(3),
     }
     runpy.run_path(str(tmp_path / "copied.py"), given)
+
+
+def test_what_the_walkthrough_shows_is_what_python_answers():
+    text = (HERE / "docs" / "walkthrough.md").read_text()
+    names = {}
+    blocks = re.findall(r"^```python\n(>>> .*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 9  # one a section
+    for block in blocks:
+        shown = doctest.DocTestParser().get_doctest(block, names, "walkthrough.md", None, None)
+        said = []
+        doctest.DocTestRunner().run(shown, out=said.append, clear_globs=False)
+        assert not said, "".join(said)
+        names = shown.globs
 
 
 def test_part_one_imports_torch_and_the_standard_library_alone():
