@@ -220,8 +220,8 @@ def whole_samples(source, labelled=False):
         found = label.isdigit() if labelled else captions(sample)
         if not image or not found:
             raise DataError(
-                f"{key}: in a test set each sample needs an image and a caption, in a labelled "
-                f"one a class index in KEY.cls; found the fields {list(sample)[1:]}"
+                f"{source}: {key}: in a test set each sample needs an image and a caption, in a "
+                f"labelled one a class index in KEY.cls; found the fields {list(sample)[1:]}"
             )
         yield key, image, int(label) if labelled else found
 
@@ -796,7 +796,7 @@ def simclr_view(images, noise):
 
 # --- Making and inspecting shards -----------------------------------------------------------------
 PATH_NAMES = {"path", "filepath", "image", "file_name"}  # of columns
-TEXT_NAMES = ("caption", "text", "title")  # so may begin: caption_1, caption_2
+TEXT_NAME = re.compile(r"(caption|text|title)s?[_ ]?\d*")  # caption, caption_1, caption_2
 PACK_TEMPLATE = "a photo of a {c}"  # the caption of a class
 
 
@@ -873,7 +873,11 @@ def read_table(source):
         del rows[0]
     else:
         header = ["path", "caption"]
-    print(f"of the columns {header} captions are those that begin with {TEXT_NAMES}")
+    print(
+        f"columns: {header}; captions are those named caption, text or title, with a number or "
+        f"without; a header, if there is one, names the paths {' or '.join(sorted(PATH_NAMES))}; "
+        "all other columns are ignored"
+    )
     photos = {}
     for row in rows:
         cells = list(zip(header, row, strict=False))
@@ -881,7 +885,7 @@ def read_table(source):
         path = source.parent / name
         _, fields = photos.setdefault(os.path.realpath(path), (path, {"txt": ""}))
         for column, cell in cells:
-            if column.startswith(TEXT_NAMES):
+            if TEXT_NAME.fullmatch(column):
                 fields["txt"] += " ".join(cell.split()) + "\n"
     return list(photos.values())
 
@@ -902,8 +906,8 @@ def read_folder(folder):
             fields = {"cls": str(classes.index(name)), "txt": caption}
         photos.append((folder / file, fields))
     print(
-        f"{len(files) - len(photos)} of {dict(Counter(file.suffix for file in files))} are passed "
-        f"over: their names do not end in {IMAGE_FIELDS}, or they lie beside the class folders"
+        f"passed over, as their names do not end in {IMAGE_FIELDS}, or they lie beside the class "
+        f"folders: {dict(Counter(file.suffix for file in set(files).difference(inside or images)))}"
     )
     return photos, classes
 
@@ -941,10 +945,10 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
     --shard      samples a shard
     """
     source = Path(source)
-    if not 0 <= test < 1 or shard < 1:
+    if not 0 <= test < 1 or shard < 1 or size < 0:
         raise DataError(
             f"--test {test}: must be a share from 0 to below 1, such as 0.1; --shard {shard}: must "
-            "be 1 or more"
+            f"be 1 or more; --size {size}: must be 0 or more"
         )
     classes = []
     if source.is_dir():
@@ -968,8 +972,9 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
     written = build(folder, described(classes, [PACK_TEMPLATE], shards), jobs)
     print(f"{folder}: {written} samples in {len(jobs)} shards; {len(photos) - written} left out")
     print(
-        "next, with --method mae where photos have no captions:\n"
-        f"python mae_clip.py --data {folder} --out {folder}-run"
+        "next, with --method mae where photos have no captions, and a --batch-size of no more than "
+        f"there are photos:\npython mae_clip.py --data {folder!r} --out {folder + '-run'!r}"
+        f"{' --eval-data ' + repr(folder) if test else ''}"
     )
 
 

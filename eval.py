@@ -212,7 +212,7 @@ def check_split(train_x, train_y, test_x, test_y):
     y = as_labels(train_y, len(x), 2**31, "train labels")
     classes = int(y.max()) + 1
     test_x = as_features(test_x, "test features").to(x)
-    test_y = as_labels(test_y, len(test_x), classes, "test labels")
+    test_y = as_labels(test_y, len(test_x), classes, "test labels, of classes that train has")
     return x, y, test_x, test_y, classes
 
 
@@ -582,7 +582,7 @@ def misfit(task, model, dataset):
         if dataset.classes:
             return f"{dataset.source} is a labelled folder; {task} needs captioned shards"
     elif not dataset.classes:
-        return f"{dataset.source} has captions; {task} needs a labelled folder"
+        return f"{dataset.source} is no labelled folder, which {task} needs"
     elif task != "zero_shot" and not Path(dataset.source, "train").is_dir():
         return f"{dataset.source} has no train split, train/0.tar ... and train/nshards.txt"
     return ""
@@ -794,7 +794,7 @@ def draw_reconstructions(model, tokenizer, dataset, path, count=8):
         note += "reconstruction: at each removed patch's true ones, which are not predicted"
         draw.text((8, 36 + rows * step), note, "dimgrey", font)
     sheet.save(path)
-    say(f"the picture is {path}; in captions, escapes stand for letters that Pillow's font lacks")
+    say(f"the picture is {path}; in captions, escapes stand for other letters than ASCII")
 
 
 # --- Benchmark ------------------------------------------------------------------------------------
@@ -872,6 +872,7 @@ def run_benchmark(args, flags):
     """`eval.py benchmark`: a table of figures, which are written to --out as well."""
     found = benchmark(mae_clip.parse(flags))
     Path(args.out).write_text(json.dumps(found, indent=1))
+    say(f"the figures are in {args.out}, too")
     table = [["figure", "value"]]
     for name, value in found.items():
         table.append([name, f"{value:,.4g}" if isinstance(value, float) else str(value)])
@@ -965,7 +966,7 @@ def run(argv):
         path = Path(args.out or run_folder(args.paths[0]) / "reconstruct.png")
         model, tokenizer, _ = mae_clip.load(args.paths[0], device)
         captioned = next(dataset for dataset in datasets if not dataset.classes)
-        attempt("picture", draw_reconstructions, model, tokenizer, captioned, path)
+        draw_reconstructions(model, tokenizer, captioned, path)
     return format_rows(rows, args.format)
 
 

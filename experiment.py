@@ -294,7 +294,8 @@ def make_table(rows, arms, style):
                         if len(leads) > 1:
                             middle, half = interval(leads)
                             ends = f" [{middle - half:+.1f}, {middle + half:+.1f}]"
-                        cells[-1] = f"{mean(leads):+.1f}{ends} ({len(leads)})"
+                        # Plus 0.0: a lead that rounds to 0 has no minus.
+                        cells[-1] = f"{round(mean(leads), 1) + 0.0:+.1f}{ends} ({len(leads)})"
                 if set(cells) != {"-"}:
                     table.append([title, f"{int(samples):,}", pool, *cells])
     return format_table(table, style)

@@ -1182,8 +1182,9 @@ def read_checkpoint(path):
         return state | {"config": Config(**state["config"])}
     except Exception:  # a damaged file raises nearly anything
         raise DataError(
-            f"{path}: no whole checkpoint of this version, nor a run that holds one; "
-            "where a run's newest is damaged, remove it, and --resume goes on from the one before"
+            f"{path}: does not exist, or is no whole checkpoint of this version, nor a run's "
+            "folder with one; where a run's newest is damaged, remove it, and --resume goes on "
+            "from the one before"
         ) from None
 
 
@@ -1296,14 +1297,20 @@ def training_batch(config, step, batch, device):
 def announce(run, device, autocast):
     """Says, before training, what will happen."""
     config = run.config
-    size = sum(parameter.numel() for parameter in run.model.parameters())
-    precision = "bf16" if autocast._enabled else "fp32"
+    parameters = run.model.parameters()
+    speed = ""
     if device.type == "cpu":
-        precision += (
+        speed = (
             f" (bf16 products have {bf16_speedup(config.width):.2f} times the rate of fp32 here)"
         )
-    print(f"method      {config.method}: {size:,} parameters, loss weights {config.weights()}")
-    print(f"device      {device}, {precision}; {ranks()[1]} process(es)")
+    print(
+        f"method      {config.method}: {sum(each.numel() for each in parameters):,} parameters, "
+        f"loss weights {config.weights()}"
+    )
+    print(
+        f"device      {device}, {'bf16' if autocast._enabled else 'fp32'}{speed}; "
+        f"{ranks()[1]} process(es)"
+    )
     print(f"data        {run.loader.about()}; all are trained at {config.image_size} px")
     print(
         f"steps       {run.step:,} to {config.steps:,}, the first {config.warmup:,} warm-up; "
@@ -1438,7 +1445,8 @@ def train(config):
             print(f"stopped and saved at step {run.step:,}; to go on add --resume to the command")
         else:
             print(
-                "trained and saved; now scored (--resume does it again, should it be interrupted)"
+                f"trained and saved in {out}; now scored, on --eval-data {config.eval_data!r} "
+                "(--resume does it again, should it be interrupted)"
             )
             results = evaluate(model, loader.tokenizer, config.eval_data, config.out)
             print(format_results(results))
@@ -1493,4 +1501,5 @@ if __name__ == "__main__":
     # main is taken from there: else objects of two classes of each name would meet.
     from mae_clip import main
 
+    sys.stdout.reconfigure(line_buffering=True)  # a file, too, gets each line at once
     main()

@@ -2908,7 +2908,7 @@ def test_pack_makes_the_same_shards_of_a_table_again_and_names_broken_rows(tmp_p
 def test_pack_takes_the_columns_that_a_header_names_and_without_one_the_first_two(tmp_path):
     photos_in(tmp_path, ["0.jpg", "1.jpg"])
     tables = {
-        "width,Caption_1,filepath,caption_2,score\n64,a dog,0.jpg,a big dog,0.3\n": [
+        "caption_score,Caption_1,filepath,caption_2,text_len\n64,a dog,0.jpg,a big dog,3\n": [
             "a dog",
             "a big dog",
         ],
@@ -2949,10 +2949,11 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
     (photos / "empty").mkdir()
     out = tmp_path / "out"
     code, said, err = command("pack", photos, out, "--test", 0.3)
-    assert code == 0 and "2 of {'.png': 23, '.heic': 1} are passed over" in said
+    assert code == 0 and "or they lie beside the class folders: {" in said
+    assert "'.png': 1" in said and "'.heic': 1" in said
     assert "2 left out" in said
     assert "broken.png: image header" in err and "No such file" in err
-    assert f"python mae_clip.py --data {out}" in said
+    assert f"python mae_clip.py --data '{out}' --out '{out}-run' --eval-data '{out}'" in said
     assert (out / "classnames.txt").read_text().split() == ["cat", "dog"]
     labels = []
     for split in ("train", "test"):
@@ -3533,7 +3534,7 @@ def test_a_set_that_a_single_task_does_not_fit_is_said_and_the_others_are_scored
     shard = captioned_shard(tmp_path / "dev.tar")
     evaluation.main(["knn", str(trained["clip"]), "--data", f"{folder}::{shard}"])
     said = capsys.readouterr()
-    assert "dev.tar has captions" in said.err and "knn" in said.out
+    assert "dev.tar is no labelled folder, which knn needs" in said.err and "knn" in said.out
 
 
 def test_one_photo_is_classified_by_labels(trained, tmp_path, capsys):
@@ -3597,6 +3598,12 @@ def test_reconstruct_draws_into_the_runs_folder_and_says_so(trained, tmp_path, c
     said = capsys.readouterr()
     assert str(path) in said.err and "image_loss" in said.out
     assert Image.open(path).height > 8 * 160
+    nowhere = tmp_path / "nowhere" / "x.png"
+    with pytest.raises(SystemExit) as end:
+        evaluation.main(
+            ["reconstruct", str(path.parent), "--data", str(shard), "--out", str(nowhere)]
+        )
+    assert end.value.code == 2 and str(nowhere) in capsys.readouterr().err
 
 
 # --- Evaluation: benchmark ------------------------------------------------------------------------
@@ -3878,6 +3885,22 @@ def test_a_signal_saves_says_how_to_go_on_and_ends_with_its_code(
     assert process.returncode == code
     assert "--resume" in said
     assert list(out.glob("checkpoint-*.pt"))
+
+
+def test_what_a_run_says_reaches_a_file_at_once_so_that_a_kill_loses_none_of_it(tmp_path):
+    out = tmp_path / "run"
+    flags = [*TINY, "--steps", 5000, "--log-every", 1, "--out", out]
+    command = [sys.executable, HERE / "mae_clip.py", *[str(word) for word in flags]]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.DEVNULL, env=buffered)
+    log = out / "log.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert "\nstep 2 " in (tmp_path / "said").read_text()
 
 
 def signal_before_each_step(monkeypatch, number):
