@@ -568,7 +568,6 @@ def attempt(what, function, *arguments):
         return function(*arguments)
     except (ValueError, OSError, RuntimeError) as error:
         say(f"{what}: {error}")
-    return None
 
 
 def misfit(task, model, dataset):
@@ -915,8 +914,11 @@ def make_parser():
     text = "time training steps; all flags of mae_clip.py apply"
     command = commands.add_parser("benchmark", help=text, description=text)
     command.add_argument("--out", default="benchmark.json", help="figures (default: %(default)s)")
-    text = "does masked autoencoding help, and at what amount of data: runs, table and figure"
-    commands.add_parser("experiment", help=text, add_help=False)
+    commands.add_parser(
+        "experiment",
+        help="does masked autoencoding help, and at what amount of data: runs, table and figure",
+        add_help=False,
+    )
     return parser
 
 
@@ -951,10 +953,10 @@ def run(argv):
         raise DataError(f"{args.command} has no flag {flags[0]}; see --help")
     # Everything is scored in float32; so `auto` need not be measured.
     device, _ = mae_clip.pick_device(mae_clip.Config(device=args.device, precision="fp32"))
-    if args.labels:
+    if args.labels and args.command == "zero-shot":
         return classify_photo(args.paths, args.labels, device)
     if not args.data:
-        raise DataError(f"{args.command} needs --data (or, for one photo, --labels)")
+        raise DataError(f"{args.command} needs --data (for one photo: zero-shot with --labels)")
     datasets = open_sets(args.data, structured=args.command == "suite")
     tasks, _ = COMMANDS[args.command]
     rows = suite(args.paths, datasets, tasks, device, args.untrained)
