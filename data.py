@@ -897,17 +897,17 @@ def read_folder(folder):
     images = [file for file in files if file.suffix[1:].lower() in IMAGE_FIELDS]
     inside = [file for file in images if len(file.parts) > 1]
     classes = sorted({file.parts[0] for file in inside})
+    used = inside or images
     photos = []
-    for file in inside or images:
+    for file in used:
         fields = {"txt": ""}
         if inside:
             name = file.parts[0]
-            caption = PACK_TEMPLATE.replace("{c}", name)
-            fields = {"cls": str(classes.index(name)), "txt": caption}
+            fields = {"cls": str(classes.index(name)), "txt": PACK_TEMPLATE.replace("{c}", name)}
         photos.append((folder / file, fields))
     print(
         f"passed over, as their names do not end in {IMAGE_FIELDS}, or they lie beside the class "
-        f"folders: {dict(Counter(file.suffix for file in set(files).difference(inside or images)))}"
+        f"folders: {dict(Counter(file.suffix for file in sorted(set(files).difference(used))))}"
     )
     return photos, classes
 
