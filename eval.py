@@ -4,12 +4,17 @@
     python eval.py zero-shot CHECKPOINT photo.jpg --labels "a dog,a cat"
     python eval.py reconstruct CHECKPOINT --data SET      a picture of what is predicted
     python eval.py suite CHECKPOINT... --data SET::SET    all that applies, side by side
+    python eval.py embed CHECKPOINT --data SET --out FILE.npz     features, with their keys
+    python eval.py search CHECKPOINT "a dog on a beach" --data SET     images for a sentence
+    python eval.py export CHECKPOINT FILE.pt              the image tower, for timm
+    python eval.py curves RUN...                          the course of training, as a chart
     python eval.py benchmark --scale base --batch-size 256    speed; takes mae_clip.py's flags
     python eval.py experiment                             does MAE help, at what amount of data?
 
 A CHECKPOINT is a file or a run's folder, whose newest one counts. A SET is a folder in
 CLIP_benchmark's layout (test/0.tar ..., test/nshards.txt, classnames.txt), captioned shards, or the
-built-in data's folder. Features are of whole images, in eval mode, with the model's own pooling.
+built-in data's folder; for search and embed also a plain folder of photos. Features are of whole
+images, in eval mode, with the model's own pooling.
 Rates lie in 0..1. Letters: n images, m texts, D width, E embedding, C classes, S pixels a side.
 """
 
@@ -23,6 +28,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -33,11 +39,11 @@ import mae_clip  # before torch, as it tells torch's threads how to wait
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
+import pictures
 from data import DataError
 
 BLOCK = 2**26  # entries of a score matrix that are held at once, however large the test set is
@@ -364,8 +370,8 @@ def check_sets(sources):
 
 
 # --- Features -------------------------------------------------------------------------------------
-def image_batches(dataset, split, size, limit=None):
-    """Yields (uint8 (B,3,S,S), list of B targets), decoded in threads."""
+def image_batches(dataset, split, size, limit=None, rows=256):
+    """Yields (uint8 (B,3,S,S), list of B targets), B up to `rows`, decoded in threads."""
     samples = tqdm(dataset.samples(split), f"{dataset.source} {split}", leave=False, disable=None)
     samples = islice(samples, limit)
 
@@ -374,7 +380,7 @@ def image_batches(dataset, split, size, limit=None):
         return data.preprocess(named(data.decode, f"{dataset.source}: {key}", content), size)
 
     with ThreadPoolExecutor() as pool:
-        while batch := list(islice(samples, 256)):
+        while batch := list(islice(samples, rows)):
             images = list(pool.map(read, batch))
             yield torch.stack(images), [target for _, _, target in batch]
 
@@ -439,6 +445,13 @@ def reconstructions(model, tokenizer, dataset, limit):
     return {name: torch.cat(part) for name, part in parts.items()}
 
 
+def picture(model, tokenizer, dataset, path, count=8):
+    """Draws the reconstructions of a captioned set's first images."""
+    found = reconstructions(model, tokenizer, dataset, count)
+    pictures.draw_reconstructions(model.config, tokenizer or data.Tokenizer([]), found, path)
+    say(f"the picture is {path}; in captions, escapes stand for other letters than ASCII")
+
+
 # --- Scores of a model on a set -------------------------------------------------------------------
 class Score(NamedTuple):
     """A measure: the weighted mean of a value of each test image, so that images can be resampled.
@@ -474,7 +487,7 @@ def spread(score):
 def score_zero_shot(model, tokenizer, dataset, encoded):
     """-> {acc1, acc5, mean_per_class_recall; seen, unseen: acc1 by whether training held the
     class}."""
-    say(f"prompts of {dataset.source}: {'; '.join(dataset.templates)}")
+    say_once(f"prompts of {dataset.source}: {'; '.join(dataset.templates)}")
     classes = encode_classes(model, tokenizer, dataset.classes, dataset.templates)
     labels = np.array(encoded("test").targets)
     hits = zero_shot_hits(encoded("test").embedded, classes, labels)
@@ -562,6 +575,9 @@ def say(message):
     print(f"eval.py: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+say_once = cache(say)
+
+
 def attempt(what, function, *arguments):
     """What the function gives; where it fails, None and a line that says why: all else goes on."""
     try:
@@ -607,15 +623,9 @@ def measure(model, tokenizer, datasets, tasks):
     return found
 
 
-def evaluate(model, tokenizer, eval_data, out=None):
-    """Scores a trained model, in eval mode from now on, on SETs joined by `::`, by all tasks that
-    fit but k-NN, and draws, where there is a decoder, the first captioned set to
-    out/reconstructions.png. What fails costs itself alone and a line.
-    -> {task, from its second set on with the set's name: {measure: value, None where undefined;
+def results_of(model, tokenizer, datasets, tasks):
+    """-> {task, from its second set on with the set's name: {measure: value, None where undefined;
     chance: {measure: value}; n: images of the test split}}."""
-    model.eval()
-    datasets = open_sets(eval_data)
-    tasks = [task for task in TASKS if task != "knn"]
     results = {}
     sets = {}  # task: its first set
     for (dataset, task, name), score in measure(model, tokenizer, datasets, tasks).items():
@@ -625,11 +635,67 @@ def evaluate(model, tokenizer, eval_data, out=None):
         entry[name] = score.mean()
         entry.setdefault("chance", {})[name] = score.chance
         entry["n"] = len(score.values)
+    return results
+
+
+def evaluate(model, tokenizer, eval_data, out=None):
+    """Scores a trained model, in eval mode from now on, on SETs joined by `::`, by all tasks that
+    fit but k-NN, and draws, where there is a decoder, the first captioned set to
+    out/reconstructions.png. What fails costs itself alone and a line -> what results_of gives."""
+    model.eval()
+    datasets = open_sets(eval_data)
+    tasks = [task for task in TASKS if task != "knn"]
+    results = results_of(model, tokenizer, datasets, tasks)
     captioned = [dataset for dataset in datasets if not dataset.classes]
     if out and captioned and model.has_decoder:
         path = Path(out) / "reconstructions.png"
-        attempt("picture", draw_reconstructions, model, tokenizer, captioned[0], path)
+        attempt("picture", picture, model, tokenizer, captioned[0], path)
     return results
+
+
+@torch.no_grad()
+def losses_on(dataset, model, tokenizer, config, device, autocast):
+    """The terms of the loss and their sum on captioned shards, in whole batches of the training's
+    size, or of the set's if it is smaller, by masks that are always the same -> {term: value}. To
+    be called on all ranks: each takes its part of a batch."""
+    rank, world = mae_clip.ranks()
+    count = sum(1 for _ in dataset.samples("test"))
+    part = min(config.batch_size, count) // world
+    rows = part * world
+    own = slice(rank * part, (rank + 1) * part)
+    limit = count // rows * rows
+    found = []
+    batches = image_batches(dataset, "test", config.image_size, limit, rows)
+    for number, (images, captions) in enumerate(batches):
+        first = [texts[0] for texts in captions[own]]
+        tokens = (tokenizer or data.Tokenizer([])).batch(first, config.context)
+        batch = data.Batch(images[own], tokens, ())
+        with autocast:
+            terms = model(*mae_clip.training_batch(config, number, batch, device))
+        found.append(torch.stack([*terms.values()]))
+    means = torch.stack(found).mean(dim=0).tolist()
+    return dict(zip([*config.weights(), "loss"], means, strict=True))
+
+
+@torch.compiler.set_stance("force_eager")  # other shapes than training's are not worth compiling
+def validation(model, tokenizer, config, device, autocast):
+    """Scores a model that is still being trained, on --eval-data: the losses on the first captioned
+    set; on rank 0 also zero-shot accuracy and recall@10 -> {name: value}, which is shown, too. It
+    draws no random number of torch's and changes nothing."""
+    found = {}
+    datasets = open_sets(config.eval_data)
+    captioned = [dataset for dataset in datasets if not dataset.classes]
+    if captioned:
+        found = losses_on(captioned[0], model, tokenizer, config, device, autocast)
+    if mae_clip.ranks()[0] == 0:
+        results = results_of(model, tokenizer, datasets, ["zero_shot", "retrieval"])
+        for task, entry in results.items():
+            for name in ("acc1", "image_retrieval_recall@10", "text_retrieval_recall@10"):
+                if name in entry["chance"]:
+                    found[f"{task} {name}"] = entry[name]
+        shown = " ".join(f"{name} {value:.3f}" for name, value in found.items())
+        tqdm.write(textwrap.fill(f"validation {shown}", 80, subsequent_indent=" " * 11))
+    return found
 
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -714,86 +780,6 @@ def format_rows(rows, style):
             cells.append("{} [{}, {}]".format(*numbers) if numbers else "-")
         table.append(cells)
     return format_table(table, style)
-
-
-# --- Pictures -------------------------------------------------------------------------------------
-def panels(config, found):
-    """What reconstructions gives -> {title: patches (B,N,P*P*3) to be drawn}."""
-    patches = found["patches"]
-    removed = found["image_mask"][..., None]
-    columns = {"original": patches}
-    if removed.any():
-        columns["masked"] = patches.masked_fill(removed, 2.0)  # cream
-        predicted = found["image"]
-        if config.norm_pix:
-            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-            contrast = (variance + 1e-6).sqrt()
-            share = ~removed / (~removed).sum(dim=1, keepdim=True)  # 1 / visible ones, or 0
-            # The visible patches' mean contrast, and below their mean value.
-            usual = (share * contrast).sum(dim=1, keepdim=True)
-            alone = predicted * usual + (share * mean).sum(dim=1, keepdim=True)
-            columns["prediction alone"] = alone.where(removed, patches)
-            predicted = predicted * contrast + mean
-        columns["reconstruction"] = predicted.where(removed, patches)
-    return columns
-
-
-def as_pictures(config, patches, side):
-    """Patches (B,N,P*P*3) -> list of B Pillow images with `side` pixels a side."""
-    size = config.image_size
-    pixels = mae_clip.unpatchify(patches, config.patch_size, size, size)
-    pixels = pixels * mae_clip.IMAGE_STD + mae_clip.IMAGE_MEAN
-    pixels = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(each).resize((side, side), Image.Resampling.NEAREST) for each in pixels]
-
-
-def caption_text(tokenizer, tokens, predicted, removed):
-    """Token ids (T,) -> the caption, each removed token as [token:prediction]. Pillow's font has
-    little but ASCII: other letters, and bytes that are no whole letter, are escapes."""
-
-    def text(token):
-        letters = tokenizer.decode([token]).decode("utf-8", "backslashreplace")
-        return letters.encode("ascii", "backslashreplace").decode()
-
-    words = ""
-    for token, guess, gone in zip(tokens, predicted, removed, strict=True):
-        word = text(token)
-        if gone:
-            space = " " if word.startswith(" ") else ""
-            word = f"{space}[{word.strip()}:{text(guess).strip()}]"
-        words += word
-    return words
-
-
-def draw_reconstructions(model, tokenizer, dataset, path, count=8):
-    """Writes a picture of the first `count` test pairs, a row each: what panels gives and, where
-    tokens were removed, the caption, of which nine lines fit."""
-    found = reconstructions(model, tokenizer, dataset, count)
-    columns = panels(model.config, found)
-    font = ImageFont.load_default(14)
-    side = model.config.image_size * max(1, round(160 / model.config.image_size))
-    step = max(side, 160) + 8
-    rows = len(found["tokens"])
-    sheet = Image.new("RGB", (step * len(columns) + 380, step * rows + 80), "white")
-    draw = ImageDraw.Draw(sheet)
-    for place, title in enumerate(columns):
-        draw.text((8 + place * step, 8), title, "black", font)
-        for row, picture in enumerate(as_pictures(model.config, columns[title], side)):
-            sheet.paste(picture, (8 + place * step, 32 + row * step))
-    if found["text_mask"].any():
-        x = 8 + len(columns) * step
-        draw.text((x, 8), "caption, [removed:predicted]", "black", font)
-        for row in range(rows):
-            ids = [found[name][row].tolist() for name in ("tokens", "text", "text_mask")]
-            text = caption_text(tokenizer, *ids).replace("][", "] [")  # lines break between them
-            lines = textwrap.fill(text, 44, max_lines=9)
-            draw.text((x, 32 + row * step), lines, "black", font)
-    if "prediction alone" in columns:
-        note = "prediction alone: at the mean and contrast of the visible patches\n"
-        note += "reconstruction: at each removed patch's true ones, which are not predicted"
-        draw.text((8, 36 + rows * step), note, "dimgrey", font)
-    sheet.save(path)
-    say(f"the picture is {path}; in captions, escapes stand for other letters than ASCII")
 
 
 # --- Benchmark ------------------------------------------------------------------------------------
@@ -889,6 +875,15 @@ COMMANDS = {  # its tasks, and what it does
 }
 
 
+ELSEWHERE = {  # the file and function of the command, and what it does
+    "embed": ("tools", "embed", "write the features of images and texts"),
+    "search": ("tools", "search", "show the images that match a sentence best"),
+    "export": ("tools", "export", "write the image tower for timm"),
+    "curves": ("tools", "curves", "draw the course of training of runs"),
+    "experiment": ("experiment", "run", "does masked autoencoding help, at what amount of data?"),
+}
+
+
 def make_parser():
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
@@ -914,11 +909,8 @@ def make_parser():
     text = "time training steps; all flags of mae_clip.py apply"
     command = commands.add_parser("benchmark", help=text, description=text)
     command.add_argument("--out", default="benchmark.json", help="figures (default: %(default)s)")
-    commands.add_parser(
-        "experiment",
-        help="does masked autoencoding help, and at what amount of data: runs, table and figure",
-        add_help=False,
-    )
+    for name, (_, _, text) in ELSEWHERE.items():
+        commands.add_parser(name, help=text, add_help=False)
     return parser
 
 
@@ -945,10 +937,9 @@ def run(argv):
     args, flags = make_parser().parse_known_args(argv)
     if args.command == "benchmark":
         return run_benchmark(args, flags)
-    if args.command == "experiment":
-        import experiment  # here, since experiment.py builds on this file
-
-        return experiment.run(flags)
+    if args.command in ELSEWHERE:  # imported here, since those files build on this one
+        file, function, _ = ELSEWHERE[args.command]
+        return getattr(import_module(file), function)(flags)
     if flags:
         raise DataError(f"{args.command} has no flag {flags[0]}; see --help")
     # Everything is scored in float32; so `auto` need not be measured.
@@ -968,7 +959,7 @@ def run(argv):
         path = Path(args.out or run_folder(args.paths[0]) / "reconstruct.png")
         model, tokenizer, _ = mae_clip.load(args.paths[0], device)
         captioned = next(dataset for dataset in datasets if not dataset.classes)
-        draw_reconstructions(model, tokenizer, captioned, path)
+        picture(model, tokenizer, captioned, path)
     return format_rows(rows, args.format)
 
 

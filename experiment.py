@@ -30,17 +30,16 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
-from xml.sax.saxutils import escape
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
 import mae_clip
 from data import DataError
 from eval import format_table, open_sets, say
+from pictures import Drawing, ticks
 
 try:
     import fcntl
@@ -49,7 +48,7 @@ except ImportError:  # Windows
 
 AXES = ("arm", "samples", "pool", "seed")  # what tells the runs of a table apart
 # Settings in which the runs of a table may differ beside the axes: at most rounding hangs on them.
-FREE = set("out resume device compile log_every save_every workers accumulate".split())
+FREE = set("out resume device compile log_every save_every eval_every workers accumulate".split())
 MEASURES = {  # of the table; the figure draws the first in which two arms can be compared
     "zero_shot acc1": "zero-shot accuracy",
     "retrieval image_retrieval_recall@10": "text to image recall@10",
@@ -91,6 +90,8 @@ def read_rows(path, arms, flags):
         if None in key or not key[1].isdecimal():
             raise DataError(f"{path}: {key}: is no run, which has {AXES} in columns")
         wanted = settings(key, flags) if key[0] in arms else {}
+        # init is not in tables of versions that did not know it.
+        row.setdefault("init", "")
         other = [name for name in wanted if row.get(name) != wanted[name]]
         if other:
             then = " ".join(f"{mae_clip.flag(name)} {row.get(name)}" for name in other)
@@ -302,65 +303,6 @@ def make_table(rows, arms, style):
 
 
 # --- Figure ---------------------------------------------------------------------------------------
-class Drawing:
-    """Lines, areas and words that come out alike as SVG and as PNG. Units: points; y downwards."""
-
-    def __init__(self, width, height):
-        self.width = width
-        self.height = height
-        self.shapes = []
-
-    def line(self, points, colour="black", width=1.0):
-        """Through points (x,y)."""
-        self.shapes.append(("line", points, colour, width))
-
-    def area(self, points, colour, opacity=1.0):
-        """A filled polygon."""
-        self.shapes.append(("area", points, colour, opacity))
-
-    def words(self, x, y, text, anchor="start"):
-        """Text on the base line y; anchor: what of it is at x, its start, middle or end."""
-        self.shapes.append(("words", [(x, y)], text, anchor))
-
-    def save_svg(self, path):
-        """Writes the drawing as SVG."""
-        size = f"0 0 {self.width} {self.height}"
-        lines = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" font-family="sans-serif"',
-            'font-size="9" fill="none"><rect width="100%" height="100%" fill="white"/>',
-        ]
-        for kind, points, value, more in self.shapes:
-            places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            if kind == "line":
-                style = f'stroke="{value}" stroke-width="{more}"'
-                lines.append(f'<polyline points="{places}" {style}/>')
-            elif kind == "area":
-                lines.append(f'<polygon points="{places}" fill="{value}" fill-opacity="{more}"/>')
-            else:
-                x, y = points[0]
-                style = f'text-anchor="{more}" fill="black"'
-                lines.append(f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(value)}</text>')
-        Path(path).write_text("\n".join([*lines, "</svg>\n"]), encoding="utf-8")
-
-    def save_png(self, path, zoom=8):
-        """Writes the drawing as PNG, zoom / 2 pixels a point: drawn twice as large, for smooth
-        edges."""
-        sheet = Image.new("RGB", (self.width * zoom, self.height * zoom), "white")
-        draw = ImageDraw.Draw(sheet, "RGBA")
-        font = ImageFont.load_default(9 * zoom)
-        anchors = {"start": "ls", "middle": "ms", "end": "rs"}
-        for kind, points, value, more in self.shapes:
-            places = [(x * zoom, y * zoom) for x, y in points]
-            if kind == "line":
-                draw.line(places, value, round(more * zoom), joint="curve")
-            elif kind == "area":
-                red, green, blue = ImageColor.getrgb(value)
-                draw.polygon(places, (red, green, blue, round(255 * more)))
-            else:
-                draw.text(places[0], value, "black", font, anchors[more])
-        sheet.reduce(2).save(path)
-
-
 COLOURS = ("#0072b2", "#d55e00", "#444444")  # of the poolings; told apart by the colour-blind too
 CORNERS = (24, 4, 3)  # of their markers: round, square, triangle
 FILLS = ("white", None, "#bbbbbb")  # of the arms' markers; None: the pooling's colour
@@ -374,13 +316,6 @@ def marker(drawing, x, y, pool, arm):
     points = [(x + 3 * math.sin(angle), y + 3 * math.cos(angle)) for angle in angles]
     drawing.area(points, FILLS[arm % 3] or colour)
     drawing.line([*points, *points[:2]], colour)  # closed, with a joint at the first corner too
-
-
-def ticks(low, high):
-    """Round numbers from low to high, at most six."""
-    power = 10.0 ** math.floor(math.log10(high - low))
-    step = next(step for step in (0.2, 0.5, 1, 2) if high - low <= 5 * step * power) * power
-    return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
 
 
 def draw_panel(drawing, left, title, unit, amounts, lines, always):

@@ -835,21 +835,29 @@ class MAECLIP(nn.Module):
 # ==================================================================================================
 
 import argparse
-import ctypes
 import inspect
 import json
 import re
-import signal
 import sys
 import time
-import timeit
 from dataclasses import asdict, fields, replace
-from functools import cache
+from datetime import timedelta
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data import DataError, Loader, Tokenizer, builtin, one_line, simclr_view
+from machine import (
+    Interrupted,
+    Signals,
+    agree,
+    bf16_speedup,
+    from_first,
+    own_folder,
+    pick_device,
+    ranks,
+    save_whole,
+)
 
 # The values that some settings may have.
 CHOICES = {
@@ -860,7 +868,7 @@ CHOICES = {
 }
 # The least values allowed. Of a setting that is not listed: 1 if it is an int, 0 if a float.
 LOWEST = {"batch_size": 2, "crop": 0.01, "context": 3, "vocab_size": 259}
-LOWEST |= dict.fromkeys("seed data_seed samples stop_after warmup workers".split(), 0)
+LOWEST |= dict.fromkeys("seed data_seed samples stop_after warmup workers eval_every".split(), 0)
 SHARES = "mask_ratio text_mask_ratio contrastive_mask_ratio crop".split()
 
 
@@ -871,6 +879,7 @@ class Config(ModelConfig):
 
     out: str = "runs/mae_clip-small"  # folder of the run; by default runs/METHOD-SCALE
     resume: bool = False  # go on from the newest checkpoint in the run's folder, if it has one
+    init: str = ""  # start from a run's weights, or from those of a timm ViT or of MAE (a file)
     seed: int = 0  # of initial weights, order, crops, captions and masks
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: str = "auto"  # fp32, bf16 or auto: bf16 on CUDA, and on a CPU if it is faster there
@@ -882,6 +891,7 @@ class Config(ModelConfig):
     resample: bool = False  # draw shards with replacement, without end, and read each through
     tokenizer: str = ""  # file that data.py tokenizer wrote; empty: learned from the captions
     eval_data: str = ""  # sets to score, joined by :: (captioned shards, labelled folders)
+    eval_every: int = 0  # steps between scores while training; 0: scores at the end alone
     scenes: int = 40_000  # built-in data: training images
     data_seed: int = 0  # built-in data: its seed, which also fixes the pairs never trained on
     workers: int = 1  # processes that decode ahead
@@ -1062,50 +1072,6 @@ def train_step(net, optimizers, autocast, batch):
     return row if finite else None
 
 
-# --- The machine ----------------------------------------------------------------------------------
-
-
-def ranks():
-    """-> (rank of this process, number of processes)."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-@cache
-def bf16_speedup(width):
-    """Of a matrix product of that width on this CPU: the time in float32 over that in bfloat16."""
-
-    def seconds(x):
-        return min(timeit.repeat(lambda: x @ x.T, number=1, repeat=5))
-
-    x = torch.ones(1024, width)
-    return seconds(x) / seconds(x.bfloat16())
-
-
-def pick_device(config):
-    """-> the device of this process and the autocast for its forward passes. From now on glibc
-    keeps freed memory, and new CUDA memory lies on that device."""
-    keep_memory()
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"  # mps has never been tried
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.empty(0, device=name).device  # raises where there is no such device
-    except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {name}: not to be had here ({one_line(error)})") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    bf16 = config.precision == "bf16"
-    if config.precision == "auto":
-        bf16 = device.type == "cuda"
-        if device.type == "cpu":
-            bf16 = bf16_speedup(config.width) > 1.2  # since casts cost time, too
-    return device, torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-
-
 def compile_blocks(model, config, device):
     """Compiles the model's blocks where --compile says so; by default on CUDA, if it is large."""
     if config.compile or (config.compile is None and device.type == "cuda" and config.width > 256):
@@ -1115,14 +1081,6 @@ def compile_blocks(model, config, device):
                 module.compile(dynamic=False)
 
 
-def keep_memory():
-    """Makes glibc keep freed memory, which the next step would have to fault in again."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its maximum of 32 MiB
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-
-
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 # What may differ between a run and its continuation with --resume: all other settings must be the
@@ -1130,9 +1088,13 @@ def keep_memory():
 # samples' keys (of streams the shards' names). The tokenizer, and with it vocab_size, is the
 # checkpoint's. A run that came to its last step may be given more --steps.
 MAY_CHANGE = """
-    out resume device precision compile log_every save_every data eval_data workers stop_after
-    tokenizer vocab_size accumulate
+    out resume device precision compile log_every save_every data eval_data eval_every workers
+    stop_after tokenizer vocab_size accumulate
 """.split()
+
+
+# What may differ between the processes of a run.
+OWN = "out resume init device data eval_data tokenizer workers".split()
 
 
 @dataclass
@@ -1145,6 +1107,7 @@ class Run:
     loader: Loader
     step: int = 0
     seconds: float = 0.0  # of training, in all sittings; added up at each line of the log
+    position: int = 0  # where a stream goes on: the loader's, the furthest over all ranks
     logged: str = ""  # what log.jsonl holds of the steps so far
 
 
@@ -1164,12 +1127,10 @@ def save_checkpoint(run):
         "logged": run.logged,
         "config": asdict(run.config),
         "data": run.loader.identity,
-        "position": run.loader.position,
+        "position": run.position,
         "merges": run.loader.tokenizer and run.loader.tokenizer.merges,
     }
-    part = out / "checkpoint.part"
-    torch.save(state, part)
-    part.replace(out / f"checkpoint-{run.step}.pt")
+    save_whole(state, out / f"checkpoint-{run.step}.pt")
     for old in checkpoints(out)[2:]:
         old.unlink()
 
@@ -1199,14 +1160,15 @@ def load(path, device="cpu"):
 
 
 def open_run(config):
-    """Makes the run's folder -> the newest checkpoint's state, None where there is none. DataError
+    """-> the state of the newest checkpoint in the run's folder, None where it has none. DataError
     where the folder holds a run (its config.json) and --resume was not given, or where that run's
     settings differ in more than MAY_CHANGE."""
     out = Path(config.out)
     if not config.resume and (out / "config.json").exists():
         raise DataError(f"{out}: holds a run; add --resume to go on, or give another --out")
-    out.mkdir(parents=True, exist_ok=True)
     if not checkpoints(out):
+        if config.resume:
+            print(f"{out}: holds no checkpoint, so this run starts at step 0")
         return None
     state = read_checkpoint(checkpoints(out)[0])
     then = asdict(state["config"])
@@ -1230,9 +1192,10 @@ def open_run(config):
 # --- Data -----------------------------------------------------------------------------------------
 
 
-def open_data(config, state):
-    """state: what open_run found -> the training Loader with its tokenizer; the config with the
-    tokenizer's vocab_size and, where no data was given, the built-in data and its sets."""
+def open_data(config, state, merges=None):
+    """state: what open_run found; merges: of the tokenizer that --init brings -> the training
+    Loader with its tokenizer; the config with the tokenizer's vocab_size and, where no data was
+    given, the built-in data and its sets."""
     rank, world = ranks()
     if config.batch_size % world:
         raise DataError(
@@ -1265,8 +1228,11 @@ def open_data(config, state):
             loader.tokenizer = Tokenizer(state["merges"])
         elif config.tokenizer:
             loader.tokenizer = Tokenizer.load(config.tokenizer)
+        elif merges is not None:
+            loader.tokenizer = Tokenizer(merges)
         else:
-            loader.tokenizer = Tokenizer.train(loader.texts(), config.vocab_size)
+            texts = loader.texts()
+            loader.tokenizer = from_first(Tokenizer.train, texts, config.vocab_size)
         config = replace(config, vocab_size=loader.tokenizer.vocab_size)
     return loader, config
 
@@ -1328,7 +1294,9 @@ def log(run, rows, seconds, waited):
     if not good:
         if len(rows) < 10:  # too few to judge by: the next record is of these steps, too
             return False
-        raise DataError(f"step {run.step}: no loss of {len(rows)} steps was finite; lower --lr")
+        raise DataError(
+            f"step {run.step}: no loss of {len(rows)} steps was finite; begin anew, with lower --lr"
+        )
     means = torch.stack(good).mean(dim=0).tolist()
     record = {
         "step": run.step,
@@ -1344,11 +1312,8 @@ def log(run, rows, seconds, waited):
     }
     if "contrastive" in record:
         record["scale"] = run.model.logit_scale.exp().item()
+    write_record(run, record)
     if ranks()[0] == 0:
-        line = json.dumps(record) + "\n"
-        run.logged += line
-        with open(f"{config.out}/log.jsonl", "a") as file:
-            file.write(line)
         terms = " ".join(f"{name} {record[name]:.3f}" for name in config.weights())
         tqdm.write(
             f"step {run.step:,} {terms} {record['pairs_per_second']:.0f} pairs/s "
@@ -1357,70 +1322,100 @@ def log(run, rows, seconds, waited):
     return True
 
 
+def write_record(run, record):
+    """Adds a line to the log."""
+    if ranks()[0] == 0:
+        line = json.dumps(record) + "\n"
+        run.logged += line
+        with open(f"{run.config.out}/log.jsonl", "a") as file:
+            file.write(line)
+
+
 def fit(run, net, device, autocast):
     """Trains to --steps or --stop-after -> the number of the signal that stopped it before, or
     0."""
+    from eval import validation  # here, since eval.py builds on this file
+
     config = run.config
-    rank, world = ranks()
+    rank, _ = ranks()
     last = min(config.steps, config.stop_after or config.steps)
-    signals = [0]  # numbers of the signals that came; the largest counts, and 0 stands for none
-    previous = {}
-    # Ctrl-C, kill, a closed terminal (which Windows does not tell).
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            previous[number] = signal.signal(number, lambda came, _: signals.append(came))
-    # disable=None hides the bar where stderr is no terminal.
-    bar = tqdm(total=config.steps, initial=run.step, disable=rank > 0 or None)
     # A stream's batches start at a shard, number `position`. Those of local shards, where position
     # is always 0, start at a step.
     batches = run.loader.batches(run.loader.position or run.step)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
-    try:
-        while run.step < last and not stopped:
-            fetching = time.time()
-            batch = next(batches)
-            waited += time.time() - fetching
-            for optimizer in run.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(run.step, config)
-            batch = training_batch(config, run.step, batch, device)
-            rows.append(train_step(net, run.optimizers, autocast, batch))
-            if "contrastive" in config.weights():
-                run.model.logit_scale.data.clamp_(0, math.log(100))  # 1 to 100
-            run.step += 1
-            bar.update()
-            logging = run.step % config.log_every == 0
-            if logging or run.step == last:
-                seconds = time.time() - since
-                if log(run, rows, seconds, waited):
-                    run.seconds += seconds
-                    since, waited, rows = time.time(), 0.0, []
-            # Several processes must stop at the same step. To agree on it at each would cost time,
-            # so they do when they log. After the last step there is nothing to stop.
-            if run.step < last and (logging or world == 1):
-                stopped = int(gather(torch.tensor([max(signals)], device=device)).max())
-            if rank == 0 and run.step % config.save_every == 0:
+    whole = True  # False while the weights are between two steps
+    # disable=None hides the bar where stderr is no terminal.
+    bar = tqdm(total=config.steps, initial=run.step, disable=rank > 0 or None)
+    with Signals() as signals, bar:
+        try:
+            while run.step < last and not stopped:
+                fetching = time.time()
+                with signals.interruptible():
+                    batch = next(batches)
+                waited += time.time() - fetching
+                for optimizer in run.optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate(run.step, config)
+                batch = training_batch(config, run.step, batch, device)
+                whole = False
+                rows.append(train_step(net, run.optimizers, autocast, batch))
+                if "contrastive" in config.weights():
+                    run.model.logit_scale.data.clamp_(0, math.log(100))  # 1 to 100
+                run.step += 1
+                bar.update()
+                if run.step % config.log_every == 0 or run.step == last:
+                    seconds = time.time() - since
+                    if log(run, rows, seconds, waited):
+                        run.seconds += seconds
+                        since, waited, rows = time.time(), 0.0, []
+                whole = True  # not where no loss was finite, which log does not let pass
+                # All processes stop at the same step, with one word of 16 bytes at each.
+                news = torch.tensor([[signals.came, run.loader.position]], device=device)
+                came, run.position = gather(news).amax(dim=0).tolist()
+                if run.step < last:  # after the last step there is nothing to stop
+                    stopped = came
+                if config.eval_every and run.step % config.eval_every == 0:
+                    began = time.time()
+                    found = validation(run.model, run.loader.tokenizer, config, device, autocast)
+                    write_record(run, {"step": run.step, "validation": found})
+                    since += time.time() - began
+                if rank == 0 and run.step % config.save_every == 0:
+                    save_checkpoint(run)
+        except Interrupted:
+            stopped = signals.came
+        finally:  # whatever ends the loop, its last whole step is saved
+            if rank == 0 and whole:
                 save_checkpoint(run)
-    finally:  # whatever ends the loop, the weights are saved
-        if rank == 0:
-            save_checkpoint(run)
-        bar.close()
-        for number in previous:
-            signal.signal(number, previous[number])
     return stopped
 
 
 def train(config):
     """One run, from its first step or its newest checkpoint to its results -> the exit code."""
-    from eval import check_sets, evaluate, format_results  # here, since eval.py builds on this file
-
     device, autocast = pick_device(config)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group()
+        # A long time to wait for each other: rank 0 scores alone. torchrun ends who waits in vain.
+        dist.init_process_group(timeout=timedelta(days=1))
+    with own_folder(config.out):
+        stopped = train_in_folder(config, device, autocast)
+    if "WORLD_SIZE" in os.environ:
+        dist.destroy_process_group()
+    return 128 + stopped if stopped else 0
+
+
+def train_in_folder(config, device, autocast):
+    """The same in a folder that is this run's alone -> the number of the signal that stopped it."""
+    # Here, since they build on this file.
+    from eval import check_sets
+    from weights import read_weights, start_from
+
     rank, world = ranks()
-    state = open_run(config)
-    loader, config = open_data(config, state)
+    state = from_first(open_run, config)
+    start = {} if state else read_weights(config.init)
+    loader, config = open_data(config, state, start.get("merges"))
     check_sets(config.eval_data)  # a missing set, a header or class that does not fit: now
+    settings = {flag(name): value for name, value in asdict(config).items() if name not in OWN}
+    tokenizer = loader.tokenizer and loader.tokenizer.merges
+    agree(settings | {"data": loader.identity, "tokenizer": tokenizer, "bf16": autocast._enabled})
     torch.manual_seed(config.seed)
     model = MAECLIP(config).to(device)
     run = Run(config, model, make_optimizers(model, config), loader)
@@ -1428,33 +1423,42 @@ def train(config):
         model.load_state_dict(state["model"])
         for optimizer, values in zip(run.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
-        for name in ("step", "seconds", "logged"):
+        for name in ("step", "seconds", "position", "logged"):
             setattr(run, name, state[name])
+    elif start:
+        taken = start_from(model, start, tokenizer)
+        if rank == 0:
+            print(taken)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     compile_blocks(model, config, device)
-    out = Path(config.out)
     if rank == 0:
+        out = Path(config.out)
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
         # Without what was logged after the checkpoint: those steps come again.
         (out / "log.jsonl").write_text(run.logged)
         announce(run, device, autocast)
     stopped = fit(run, net, device, autocast)
-    if rank == 0:
-        print(loader.report())
-        if run.step < config.steps:
-            print(f"stopped and saved at step {run.step:,}; to go on add --resume to the command")
-        else:
-            print(
-                f"trained and saved in {out}; now scored, on --eval-data {config.eval_data!r} "
-                "(--resume does it again, should it be interrupted)"
-            )
-            results = evaluate(model, loader.tokenizer, config.eval_data, config.out)
-            print(format_results(results))
-            results |= {"seconds": run.seconds, "steps": run.step, "config": asdict(config)}
-            (out / "results.json").write_text(json.dumps(results, indent=1))
-    if "WORLD_SIZE" in os.environ:
-        dist.destroy_process_group()
-    return 128 + stopped if stopped else 0
+    from_first(finish, run)
+    return stopped
+
+
+def finish(run):
+    """Scores a run that has come to its last step; says what it is now."""
+    from eval import evaluate, format_results
+
+    config = run.config
+    print(run.loader.report())
+    if run.step < config.steps:
+        print(f"stopped and saved at step {run.step:,}; to go on add --resume to the command")
+        return
+    print(
+        f"trained and saved in {config.out}; now scored, on --eval-data {config.eval_data!r} "
+        "(--resume does it again, should it be interrupted)"
+    )
+    results = evaluate(run.model, run.loader.tokenizer, config.eval_data, config.out)
+    print(format_results(results))
+    results |= {"seconds": run.seconds, "steps": run.step, "config": asdict(config)}
+    Path(config.out, "results.json").write_text(json.dumps(results, indent=1))
 
 
 # --- The command line -----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The specification of MAE-CLIP: one sentence a test, its oracle a loop or a number by hand."""
 
+import argparse
 import ast
 import contextlib
 import copy
@@ -42,7 +43,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import experiment
+import machine
 import mae_clip
+import pictures
+import tools
+import weights
 from data import DataError, Tokenizer
 from eval import fit_linear, retrieval, zero_shot
 from mae_clip import (
@@ -1557,7 +1562,7 @@ def test_one_process_gathers_its_own_rows():
 def test_on_a_cpu_products_are_in_bfloat16_where_asked_or_where_that_is_faster(
     monkeypatch, precision, speedup, dtype
 ):
-    monkeypatch.setattr(mae_clip, "bf16_speedup", lambda width: speedup)
+    monkeypatch.setattr(machine, "bf16_speedup", lambda width: speedup)
     config = preset("tiny", device="cpu", precision=precision)
     device, autocast = mae_clip.pick_device(config)
     with autocast:
@@ -1565,7 +1570,7 @@ def test_on_a_cpu_products_are_in_bfloat16_where_asked_or_where_that_is_faster(
 
 
 def test_the_measured_speed_of_bfloat16_is_a_positive_ratio():
-    assert 0 < mae_clip.bf16_speedup(16) < 1000
+    assert 0 < machine.bf16_speedup(16) < 1000
 
 
 def test_without_a_gpu_auto_is_the_cpu_also_where_torch_is_built_for_cuda(monkeypatch):
@@ -1929,8 +1934,8 @@ def small_run(out, step=7, method="mae_clip"):
     optimizers = mae_clip.make_optimizers(model, config)
     mae_clip.train_step(model, optimizers, FLOAT32, example())
     tokenizer = Tokenizer([(104, 105)])
-    loader = SimpleNamespace(identity=["a.tar", 5], position=3, tokenizer=tokenizer)
-    return mae_clip.Run(config, model, optimizers, loader, step, 1.5)
+    loader = SimpleNamespace(identity=["a.tar", 5], tokenizer=tokenizer)
+    return mae_clip.Run(config, model, optimizers, loader, step, 1.5, position=3)
 
 
 def test_load_gives_the_model_in_evaluation_mode_its_tokenizer_and_its_configuration(tmp_path):
@@ -3410,7 +3415,7 @@ def test_the_prediction_alone_has_the_mean_and_contrast_of_visible_patches(train
     model, tokenizer, config = mae_clip.load(trained["mae"])
     (dataset,) = evaluation.open_sets(str(captioned_shard(tmp_path / "dev.tar")))
     found = evaluation.reconstructions(model, tokenizer, dataset, 1)
-    columns = evaluation.panels(config, found)
+    columns = pictures.panels(config, found)
     visible = [n for n in range(16) if not found["image_mask"][0, n]]
     means = [found["patches"][0, n].mean().item() for n in visible]
     contrasts = [found["patches"][0, n].std().item() for n in visible]
@@ -3432,13 +3437,13 @@ def test_a_caption_shows_removed_tokens_in_brackets_and_other_letters_than_ascii
     tokenizer = data.Tokenizer([(3 + ord(" "), 3 + ord("a"))])  # " a" is one token
     ids = tokenizer.encode("x a b")
     assert len(ids) == 4
-    shown = evaluation.caption_text(tokenizer, ids, ids[::-1], [False, True, False, True])
+    shown = pictures.caption_text(tokenizer, ids, ids[::-1], [False, True, False, True])
     assert shown == "x [a:] [b:x]"
     whole = data.Tokenizer([(3 + 0xC3, 3 + 0xA9)])
     halves = data.Tokenizer([])
     for tokenizer, want in ((whole, "\\xe9"), (halves, "\\xc3\\xa9")):
         ids = tokenizer.encode("é")
-        assert evaluation.caption_text(tokenizer, ids, ids, [False] * len(ids)) == want
+        assert pictures.caption_text(tokenizer, ids, ids, [False] * len(ids)) == want
 
 
 def test_methods_without_text_or_without_images_to_predict_have_no_columns_for_them(tmp_path):
@@ -3452,9 +3457,9 @@ def test_methods_without_text_or_without_images_to_predict_have_no_columns_for_t
     }.items():
         model = tiny("mae_clip", vocab_size=259, **changes).eval()
         found = evaluation.reconstructions(model, data.Tokenizer([]), dataset, 2)
-        wide[name] = list(evaluation.panels(model.config, found))
+        wide[name] = list(pictures.panels(model.config, found))
         wide[name] += ["caption"] * bool(found["text_mask"].any())
-        evaluation.draw_reconstructions(model, data.Tokenizer([]), dataset, tmp_path / "a.png", 2)
+        evaluation.picture(model, data.Tokenizer([]), dataset, tmp_path / "a.png", 2)
     assert wide == {
         "both": ["original", "masked", "prediction alone", "reconstruction", "caption"],
         "image": ["original", "masked", "prediction alone", "reconstruction"],
@@ -3469,7 +3474,7 @@ def test_a_long_caption_does_not_reach_the_next_row(trained, tmp_path):
     for n in range(12):
         files += [(f"{n}.jpg", picture(seed=n)), (f"{n}.txt", b"word and word " * 40)]
     (dataset,) = evaluation.open_sets(str(tar_of(tmp_path / "long.tar", files)))
-    evaluation.draw_reconstructions(longer, data.Tokenizer([]), dataset, tmp_path / "a.png", 2)
+    evaluation.picture(longer, data.Tokenizer([]), dataset, tmp_path / "a.png", 2)
     sheet = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
     captions = sheet[:, -340:]  # right of all pictures
     assert (captions[40:60] < 128).any()  # the first row's begins here
@@ -4025,7 +4030,7 @@ def test_the_command_alone_makes_the_process_keep_its_memory():
         run("--help")
         assert not library.called or sys.platform == "linux"
     with mock.patch("ctypes.CDLL") as library:
-        mae_clip.keep_memory()
+        machine.keep_memory()
     assert library.return_value.mallopt.called == (sys.platform == "linux")
 
 
@@ -4279,11 +4284,11 @@ def test_a_run_holds_the_lock_of_its_folder_and_says_its_own_error(stand_in, tmp
 
 
 def test_a_table_says_what_precision_was_used(stand_in, tmp_path, monkeypatch):
-    monkeypatch.setattr(mae_clip, "bf16_speedup", lambda width: 1.5)
+    monkeypatch.setattr(machine, "bf16_speedup", lambda width: 1.5)
     experiment.run([*GRID, "--out", str(tmp_path), "--device", "cpu"])
     with (tmp_path / "experiment.csv").open(newline="") as file:
         assert {row["precision"] for row in csv.DictReader(file)} == {"bf16"}
-    monkeypatch.setattr(mae_clip, "bf16_speedup", lambda width: 0.5)
+    monkeypatch.setattr(machine, "bf16_speedup", lambda width: 0.5)
     with pytest.raises(DataError, match="was run with --precision bf16"):
         experiment.run([*GRID, "--out", str(tmp_path), "--device", "cpu"])
 
@@ -4341,7 +4346,7 @@ def test_the_figure_shows_the_tables_numbers():
 
 
 def test_a_drawing_comes_out_as_svg_and_as_png(tmp_path):
-    drawing = experiment.Drawing(40, 20)
+    drawing = pictures.Drawing(40, 20)
     drawing.area([(0, 0), (10, 0), (10, 20), (0, 20)], "#0072b2")
     drawing.line([(20, 0), (20, 20)], "#d55e00", 4)
     drawing.words(30, 15, "a < b")
@@ -4372,7 +4377,7 @@ def test_a_drawing_comes_out_as_svg_and_as_png(tmp_path):
     ],
 )
 def test_ticks_are_round_and_few(low, high, wanted):
-    assert experiment.ticks(low, high).tolist() == pytest.approx(wanted)
+    assert pictures.ticks(low, high).tolist() == pytest.approx(wanted)
 
 
 def test_a_figure_of_many_arms_and_poolings_and_of_one_amount_is_drawn(tmp_path):
@@ -4517,3 +4522,542 @@ def test_the_tables_of_runs_in_docs_can_be_used(name):
     if name == "sweep.csv":
         flags += "--lr 6e-3 --image-weight 0.1 --text-weight 0.05 --data-seed 1".split()
     assert len(experiment.read_rows(HERE / "docs" / name, arms, flags)) == len(rows) > 0
+
+
+# --- Scores while training ------------------------------------------------------------------------
+
+
+def test_scores_while_training_change_no_bit_of_the_training(tmp_path):
+    states = []
+    for every in (0, 2):
+        out = tmp_path / str(every)
+        run(*TINY, "--method", "slip", "--steps", 5, "--eval-every", every, "--out", out)
+        states.append(torch.load(out / "checkpoint-5.pt", weights_only=True))
+    for name in ("model", "optimizers"):
+        assert_equal(states[0][name], states[1][name])
+    plain, scored = logged(tmp_path / "0"), logged(tmp_path / "2")
+    assert [record["loss"] for record in scored if "loss" in record] == [
+        record["loss"] for record in plain
+    ]
+
+
+def test_scores_while_training_are_lines_of_the_log_and_survive_a_resume(tmp_path):
+    flags = [*TINY, "--method", "mae_clip", "--steps", 6, "--eval-every", 2, "--out", tmp_path]
+    said = run(*flags, "--stop-after", 4).stdout
+    run(*flags, "--resume")
+    found = [record for record in logged(tmp_path) if "validation" in record]
+    assert [record["step"] for record in found] == [2, 4, 6]
+    names = {
+        "contrastive",
+        "image",
+        "text",
+        "loss",
+        "zero_shot acc1",
+        "retrieval image_retrieval_recall@10",
+        "retrieval text_retrieval_recall@10",
+    }
+    assert [set(record["validation"]) for record in found] == [names] * 3
+    results = json.loads((tmp_path / "results.json").read_text())
+    last = found[-1]["validation"]
+    assert last["zero_shot acc1"] == results["zero_shot"]["acc1"]
+    assert (
+        last["retrieval image_retrieval_recall@10"]
+        == (results["retrieval"]["image_retrieval_recall@10"])
+    )
+    assert all(len(line) <= 80 for line in said.splitlines() if "validation" in line)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_validation_losses_are_the_models_own_on_whole_batches_of_the_set(tmp_path, method):
+    shard = captioned_shard(tmp_path / "dev.tar", 11)
+    model = tiny(method, vocab_size=259)
+    config = dataclasses.replace(model.config, eval_data=str(shard), batch_size=4)
+    tokenizer = Tokenizer([])
+    found = evaluation.validation(model, tokenizer, config, torch.device("cpu"), FLOAT32)
+    losses = []
+    with torch.no_grad():
+        for number in range(2):  # of 11 pairs two whole batches of 4
+            images = []
+            texts = []
+            for n in range(4 * number, 4 * number + 4):
+                content = picture(40, 40, seed=n)
+                images.append(data.preprocess(data.decode(content), config.image_size))
+                texts.append(f"number {n}")
+            tokens = tokenizer.batch(texts, config.context)
+            batch = data.Batch(torch.stack(images), tokens, ())
+            given = mae_clip.training_batch(config, number, batch, torch.device("cpu"))
+            losses.append(model(*given))
+    for name in losses[0]:
+        wanted = (losses[0][name] + losses[1][name]).item() / 2
+        assert found[name] == pytest.approx(wanted, rel=1e-5), name
+
+
+def test_validation_on_fewer_pairs_than_a_batch_is_of_them_all(tmp_path):
+    shard = captioned_shard(tmp_path / "dev.tar", 5)
+    model = tiny("clip", vocab_size=259)
+    config = dataclasses.replace(model.config, eval_data=str(shard), batch_size=64)
+    found = evaluation.validation(model, Tokenizer([]), config, torch.device("cpu"), FLOAT32)
+    assert 0 < found["contrastive"] < 2 * math.log(5)
+
+
+# --- Weights in and out ---------------------------------------------------------------------------
+
+
+def changed(model):
+    """The model with other weights, biases and norms included, than any new one has."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("first, then", [("mae", "clip"), ("clip", "mae_clip"), ("m3ae", "slip")])
+def test_a_run_starts_from_the_weights_of_another_method(tmp_path, first, then):
+    source = changed(tiny(first))
+    config = dataclasses.replace(source.config, out=str(tmp_path))
+    loader = SimpleNamespace(identity=[], tokenizer=None if first == "mae" else Tokenizer([]))
+    mae_clip.save_checkpoint(mae_clip.Run(config, source, [], loader))
+    model = tiny(then, seed=3)
+    before = copy.deepcopy(model.state_dict())
+    said = weights.start_from(model, weights.read_weights(str(tmp_path)), [])
+    given = source.state_dict()
+    shared = 0
+    for name, tensor in model.state_dict().items():
+        fits = name in given and given[name].shape == tensor.shape
+        shared += fits
+        assert torch.equal(tensor, given[name] if fits else before[name]), name
+    assert shared >= 29  # the image tower at least
+    for name in ("taken", "left", "begun anew"):
+        assert name in said
+
+
+def test_the_words_of_another_tokenizer_are_not_taken(tmp_path):
+    source = changed(tiny("mae_clip", vocab_size=300))
+    found = {"path": tmp_path, "model": source.state_dict(), "merges": [(104, 105)]}
+    for merges in ([(104, 105)], [(105, 104)]):
+        model = tiny("mae_clip", seed=3, vocab_size=300)
+        weights.start_from(model, found, merges)
+        same = merges == found["merges"]
+        assert (
+            torch.equal(
+                model.text_encoder.embed.token.weight, source.text_encoder.embed.token.weight
+            )
+            == same
+        )
+        assert torch.equal(model.decoder.text.head.weight, source.decoder.text.head.weight) == same
+        assert torch.equal(model.text_proj.weight, source.text_proj.weight)
+
+
+def test_a_run_from_a_checkpoint_has_its_tokenizer_and_says_what_it_took(tmp_path):
+    run(*TINY, "--method", "clip", "--steps", 2, "--out", tmp_path / "a")
+    flags = [*TINY, "--method", "mae_clip", "--data-seed", 1, "--init", tmp_path / "a"]
+    done = run(*flags, "--steps", 2, "--stop-after", 1, "--out", tmp_path / "b")
+    assert re.search("^init .*taken .*image_encoder.*begun anew decoder", done.stdout, re.MULTILINE)
+    _, first, _ = mae_clip.load(tmp_path / "a")
+    _, then, _ = mae_clip.load(tmp_path / "b")
+    assert then.merges == first.merges
+    done = run(*flags, "--steps", 2, "--out", tmp_path / "b", "--resume")
+    assert not re.search("^init ", done.stdout, re.MULTILINE)  # --resume goes before it
+
+
+def timm_weights(**changes):
+    """An image tower's weights under timm's names, from a model of this project, and the model."""
+    model = changed(tiny("mae_clip", **changes))
+    return dict(model.image_encoder.state_dict()), model
+
+
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
+def test_an_image_tower_is_read_bare_or_wrapped_and_a_foreign_decoder_is_left(tmp_path, wrapper):
+    tower, source = timm_weights()
+    tower |= {"decoder_embed.weight": torch.ones(3, 3), "mask_token": torch.ones(1, 1, 3)}
+    file = tmp_path / "vit.pth"
+    # The official MAE's training checkpoints hold their command line, too.
+    inside = {wrapper: tower, "args": argparse.Namespace(lr=1.0), "epoch": 3}
+    torch.save(inside if wrapper else tower, file)
+    model = tiny("mae_clip", seed=3)
+    said = weights.start_from(model, weights.read_weights(str(file)))
+    assert_equal(dict(model.image_encoder.state_dict()), dict(source.image_encoder.state_dict()))
+    assert re.search(r"left .*decoder_embed \(1\).*begun anew", said)
+    images = example()[0]
+    assert torch.equal(model.image_encoder(images), source.image_encoder(images))
+
+
+def test_positions_of_another_grid_are_resized_and_that_is_said():
+    tower, _ = timm_weights()
+    rows = torch.arange(8.0)[:, None].expand(8, 8)  # a plane, which bicubic weights keep
+    grid = (rows + 10 * rows.T)[..., None].repeat(1, 1, 64)
+    cls = torch.full((1, 1, 64), 7.0)
+    tower["pos_embed"] = torch.cat([cls, grid.reshape(1, 64, 64)], dim=1)
+    model = tiny("clip")  # 4 x 4 patches
+    named = {f"image_encoder.{name}": tensor for name, tensor in tower.items()}
+    said = weights.start_from(model, {"path": "x", "model": named, "merges": None})
+    assert "resized: pos_embed, from (1, 65, 64) to (1, 17, 64)" in said
+    found = model.image_encoder.pos_embed[0, :, 0]
+    assert found[0] == 7
+    inner = found[1:].view(4, 4)[1:3, 1:3]  # where the kernel does not reach over the edge
+    wanted = torch.tensor([[2.5, 4.5], [2.5, 4.5]]).T + 10 * torch.tensor([[2.5, 4.5], [2.5, 4.5]])
+    assert torch.allclose(inner, wanted, atol=0.2)
+    without = weights.resize_positions(grid.reshape(1, 64, 64), 64)
+    assert without[0, 0].eq(0).all() and torch.equal(without[0, 1:], grid.reshape(64, 64))
+    assert weights.resize_positions(torch.ones(1, 63, 64), 16) is None
+
+
+def test_weights_of_which_nothing_fits_and_files_that_hold_none_are_refused(tmp_path):
+    torch.save({"head.weight": torch.ones(2, 2)}, tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    (tmp_path / "some.safetensors").write_bytes(b"x")
+    for name, reason in {
+        "other.pt": "nothing in it has a name and shape of this model's; it has head.weight",
+        "list.pt": "holds no weights",
+        "text.pt": "cannot be read as weights",
+        "missing.pt": "cannot be read as weights",
+        "some.safetensors": "needs the package safetensors|cannot be read as weights",
+    }.items():
+        file = tmp_path / name
+        flags = [*TINY, "--method", "clip", "--init", file, "--out", tmp_path / "run"]
+        said = said_in_one_line(run(*flags, code=2))
+        assert str(file) in said and re.search(reason, said), said
+
+
+def test_safetensors_without_the_package_are_refused_in_one_line(tmp_path, trained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(DataError, match="needs the package safetensors"):
+        weights.read_weights(str(tmp_path / "x.safetensors"))
+    with pytest.raises(DataError, match="needs the package safetensors"):
+        weights.export_tower(trained["clip"], str(tmp_path / "x.safetensors"))
+
+
+def test_safetensors_are_written_and_read(tmp_path, trained):
+    pytest.importorskip("safetensors")
+    file = tmp_path / "tower.safetensors"
+    weights.export_tower(trained["clip"], str(file))
+    model = tiny("clip", seed=9)
+    weights.start_from(model, weights.read_weights(str(file)))
+    wanted = mae_clip.load(trained["clip"])[0].image_encoder.state_dict()
+    assert_equal(dict(model.image_encoder.state_dict()), dict(wanted))
+
+
+def test_an_exported_tower_is_what_a_run_can_start_from(tmp_path, trained, capsys):
+    file = tmp_path / "tower.pt"
+    said = call(capsys, "export", trained["mae_clip"], file)
+    assert "timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=64" in said
+    model = tiny("clip", seed=9)
+    weights.start_from(model, weights.read_weights(str(file)))
+    wanted = mae_clip.load(trained["mae_clip"])[0].image_encoder
+    images = example()[0]
+    assert torch.equal(model.image_encoder(images), wanted(images))
+
+
+@pytest.mark.parametrize("pool", ["gap", "max", "cls"])
+def test_timm_computes_the_same_features_with_an_exported_tower(tmp_path, pool):
+    timm = pytest.importorskip("timm")
+    model = changed(tiny("clip", pool=pool)).eval()
+    config = dataclasses.replace(model.config, out=str(tmp_path))
+    loader = SimpleNamespace(identity=[], tokenizer=Tokenizer([]))
+    mae_clip.save_checkpoint(mae_clip.Run(config, model, [], loader))
+    file = tmp_path / "tower.pt"
+    names = {"timm": timm, "torch": torch}
+    exec(weights.export_tower(str(tmp_path), str(file)), names)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        wanted = mae_clip.pool(model.image_encoder(images), pool)
+        found = names["tower"].eval()(images)
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool, theirs", [("gap", "avg"), ("cls", "token")])
+def test_the_weights_of_a_timm_vit_compute_the_same_features_here(tmp_path, pool, theirs):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    peer = timm.models.VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=64,
+        depth=2,
+        num_heads=2,
+        num_classes=5,
+        global_pool=theirs,
+        fc_norm=False,
+    )
+    changed(peer).eval()
+    torch.save(peer.state_dict(), tmp_path / "vit.pth")
+    model = tiny("mae", seed=3, pool=pool)
+    said = weights.start_from(model, weights.read_weights(str(tmp_path / "vit.pth")))
+    assert "left head (2)" in said
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        wanted = peer.forward_head(peer.forward_features(images), pre_logits=True)
+        found = mae_clip.pool(model.image_encoder(images), pool)
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+# --- Embeddings, search, curves -------------------------------------------------------------------
+
+
+def test_embed_writes_the_features_of_all_sets_with_their_keys(trained, tmp_path, capsys):
+    shard = captioned_shard(tmp_path / "dev.tar", 5)
+    folder = labelled_folder(tmp_path / "set", 6)
+    file = tmp_path / "features.npz"
+    call(capsys, "embed", trained["clip"], "--data", f"{shard}::{folder}", "--out", file)
+    found = np.load(file)
+    (captioned,) = evaluation.open_sets(str(shard))
+    (labelled,) = evaluation.open_sets(str(folder))
+    samples = [*captioned.samples("test"), *labelled.samples("test")]
+    assert found["keys"].tolist() == [key for key, _, _ in samples]
+    assert found["labels"].tolist() == [-1] * 5 + [target for _, _, target in samples[5:]]
+    model, tokenizer, config = mae_clip.load(trained["clip"])
+    with torch.no_grad():
+        for n, (_, content, _) in enumerate(samples):
+            image = data.preprocess(data.decode(content), config.image_size)[None]
+            feature = model.encode_image(image)[0].numpy()
+            assert np.allclose(found["image_features"][n], feature, atol=1e-5)
+        for n, text in enumerate(found["texts"].tolist()):
+            tokens = tokenizer.batch([text], config.context)
+            assert np.allclose(found["text_features"][n], model.encode_text(tokens)[0], atol=1e-5)
+            assert text in samples[found["image_of_text"][n]][2]
+    assert len(found["texts"]) == 10
+
+
+def test_embed_of_a_model_without_a_text_tower_writes_image_features_alone(
+    trained, tmp_path, capsys
+):
+    shard = captioned_shard(tmp_path / "dev.tar", 5)
+    file = tmp_path / "features.npz"
+    call(capsys, "embed", trained["mae"], "--data", shard, "--out", file)
+    assert set(np.load(file)) == {"keys", "labels", "image_features"}
+
+
+@pytest.mark.parametrize("kind", ["shards", "photos"])
+def test_search_shows_the_images_of_largest_cosine_first(trained, tmp_path, capsys, kind):
+    contents = [picture(40, 30, seed=n) for n in range(20)]
+    if kind == "shards":
+        files = []
+        for n, content in enumerate(contents):
+            files += [(f"{n:02d}.jpg", content), (f"{n:02d}.txt", b"words")]
+        source = tar_of(tmp_path / "dev.tar", files)
+    else:
+        source = tmp_path / "photos"
+        for n, content in enumerate(contents):
+            path = source / f"{n % 3}" / f"{n:02d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        (source / "notes.txt").write_text("no photo")
+    page = tmp_path / "page.png"
+    said = call(capsys, "search", trained["clip"], "a dog", "--data", source, "--out", page)
+    model, tokenizer, config = mae_clip.load(trained["clip"])
+    cosines = []
+    with torch.no_grad():
+        text = model.encode_text(tokenizer.batch(["a dog"], config.context))[0]
+        for content in contents:
+            image = data.preprocess(data.decode(content), config.image_size)[None]
+            cosines.append((model.encode_image(image)[0] @ text).item())
+    wanted = sorted(range(20), key=lambda n: -cosines[n])[:12]
+    rows = said.splitlines()[2:]
+    assert [int(re.findall(r"(\d\d)(?:[.]jpg)?$", row)[0]) for row in rows] == wanted
+    with Image.open(page) as image:
+        assert image.size == (4 * 212 + 12, 3 * 230 + 36)
+
+
+def test_search_needs_a_text_tower_and_images(trained, tmp_path, capsys):
+    shard = captioned_shard(tmp_path / "dev.tar", 2)
+    (tmp_path / "empty").mkdir()
+    for words, reason in {
+        (trained["mae"], "a dog", "--data", shard): "has no contrastive loss",
+        (trained["clip"], "a dog", "--data", tmp_path / "empty"): "empty",
+        (trained["clip"], "a dog", "--data", tmp_path / "missing"): "missing",
+    }.items():
+        with pytest.raises(SystemExit) as end:
+            call(capsys, "search", *words)
+        assert end.value.code == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_curves_draw_every_term_chance_and_validation_of_all_runs(finished, tmp_path, capsys):
+    scored = tmp_path / "scored"
+    run(
+        *TINY,
+        "--method",
+        "clip",
+        "--steps",
+        4,
+        "--log-every",
+        1,
+        "--eval-every",
+        2,
+        "--out",
+        scored,
+    )
+    curves = pictures.read_log(scored)
+    assert [step for step, _ in curves["contrastive"]] == [1, 2, 3, 4]
+    assert [step for step, _ in curves["validation contrastive"]] == [2, 4]
+    assert {value for _, value in curves["chance"]} == {math.log(32)}
+    call(capsys, "curves", finished.out, scored, "--out", tmp_path / "chart")
+    root = xml.etree.ElementTree.parse(tmp_path / "chart.svg").getroot()
+    words = [element.text for element in root.iter() if element.tag.endswith("text")]
+    for name in {*METHODS[finished.method], "contrastive", "zero_shot acc1"}:
+        assert words.count(name) == 1
+    assert str(finished.out) in words and str(scored) in words
+    with Image.open(tmp_path / "chart.png") as image:
+        assert image.width == 420 * 4
+
+
+def test_a_curve_passes_through_the_logged_values():
+    drawing = pictures.Drawing(300, 200)
+    points = [(10, 4.0), (20, 3.0), (40, 2.0)]
+    pictures.draw_chart(drawing, 30, 20, "loss", 40, [(points, "#0072b2", 1.2, True)])
+    lines = [shape for shape in drawing.shapes if shape[0] == "line" and shape[2] == "#0072b2"]
+    ((_, places, _, _),) = lines
+    assert [x for x, _ in places] == pytest.approx([30 + 165 / 4, 30 + 165 / 2, 30 + 165])
+    heights = [y for _, y in places]
+    assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1])
+    assert heights[0] < heights[1] < heights[2]  # y downwards: a falling loss
+    assert len([shape for shape in drawing.shapes if shape[0] == "area"]) == 3
+
+
+def test_curves_of_what_is_no_run_or_has_no_step_are_refused(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    (tmp_path / "empty" / "log.jsonl").write_text("")
+    for name, reason in {"missing": "is no run's folder", "empty": "holds no step yet"}.items():
+        with pytest.raises(SystemExit) as end:
+            call(capsys, "curves", tmp_path / name, "--out", tmp_path / "chart")
+        assert end.value.code == 2
+        assert reason in capsys.readouterr().err
+
+
+# --- Signals, folders, ranks ----------------------------------------------------------------------
+
+
+def test_a_signal_while_a_run_waits_for_data_is_answered_at_once(tmp_path, from_a_terminal):
+    (tmp_path / "shard").write_bytes(captioned_shard(tmp_path / "a.tar", 64).read_bytes())
+    stalls = f"pipe:cat {tmp_path}/shard; sleep 600"
+    out = tmp_path / "run"
+    flags = "--scale tiny --batch-size 16 --steps 50 --log-every 1 --workers 1 --method mae".split()
+    command = [sys.executable, HERE / "mae_clip.py", *flags, "--data", stalls, "--out", out]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = out / "log.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.terminate()
+    said, errors = process.communicate()
+    assert process.returncode == 143, errors
+    assert "--resume" in said and "Traceback" not in errors
+    assert list(out.glob("checkpoint-*.pt"))
+
+
+def test_the_same_signal_a_second_time_ends_the_program():
+    code = (
+        "import machine, signal, time\n"
+        "with machine.Signals() as signals:\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "    assert signals.came == signal.SIGTERM\n"
+        "    signal.raise_signal(signal.SIGHUP)\n"  # another one
+        "    print('goes on', flush=True)\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "    print('not reached')\n"
+    )
+    done = python("-c", code)
+    assert done.returncode == -signal.SIGTERM
+    assert done.stdout == "goes on\n" and done.stderr == ""
+
+
+def test_weights_in_the_middle_of_a_step_are_not_saved(tmp_path, monkeypatch):
+    step = mae_clip.train_step
+    count = []
+
+    def failing(*arguments):
+        count.append(1)
+        if len(count) == 3:
+            raise ValueError("in the middle")
+        return step(*arguments)
+
+    monkeypatch.setattr(mae_clip, "train_step", failing)
+    flags = [*TINY, "--method", "clip", "--steps", 5, "--save-every", 2, "--out", tmp_path]
+    run(*flags, code=2)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2.pt"]
+
+
+def test_weights_that_give_no_finite_loss_are_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(mae_clip, "train_step", lambda *_: None)
+    flags = [*TINY, "--method", "clip", "--steps", 20, "--log-every", 10, "--out", tmp_path]
+    assert "no loss of 10 steps was finite" in said_in_one_line(run(*flags, code=2))
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_folder_that_another_run_is_in_is_refused_with_its_process(tmp_path):
+    with machine.own_folder(tmp_path):
+        said = said_in_one_line(run(*TINY, "--steps", 1, "--out", tmp_path, code=2))
+    assert f"process {os.getpid()} on " in said
+    with machine.own_folder(tmp_path):  # it is free again
+        pass
+
+
+def test_resume_without_a_checkpoint_says_that_the_run_begins(tmp_path):
+    done = run(*TINY, "--method", "clip", "--steps", 1, "--resume", "--out", tmp_path)
+    assert "holds no checkpoint, so this run starts at step 0" in done.stdout
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_and_no_part(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "checkpoint-1.pt"
+    machine.save_whole({"a": 1}, path)
+
+    def full(state, file):
+        file.write(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=f"{path}: could not be written"):
+        machine.save_whole({"a": 2}, path)
+    assert torch.load(path) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def on_each_rank(rank, port, folder):
+    """What two ranks find that agree, that do not, and that hear of a failure on the first one."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    machine.agree({"--lr": 0.1, "data": ["a", 5]})
+    said = []
+    for facts in ({"--lr": 0.1 * (1 + rank)}, {"--lr": 0.1, "data": [rank]}):
+        with pytest.raises(DataError) as raised:
+            machine.agree(facts)
+        said.append(str(raised.value))
+
+    def fail():
+        raise DataError("on the first rank")
+
+    with pytest.raises(DataError, match="on the first rank"):
+        machine.from_first(fail)
+    value = machine.from_first(lambda: rank)
+    shard = f"{folder}/dev.tar"
+    model = tiny("mae_clip", vocab_size=259)
+    config = dataclasses.replace(model.config, eval_data=shard, batch_size=4)
+    losses = evaluation.validation(model, Tokenizer([]), config, torch.device("cpu"), FLOAT32)
+    torch.save({"said": said, "value": value, "losses": losses}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_that_differ_stop_with_the_rank_and_the_thing_and_validate_as_one(tmp_path):
+    shard = captioned_shard(tmp_path / "dev.tar", 11)
+    port = 20_000 + (os.getpid() + 7_000) % 20_000
+    torch.multiprocessing.spawn(on_each_rank, (port, str(tmp_path)), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for rank in found:
+        assert rank["said"] == [
+            "rank 1: --lr 0.2, but on rank 0 0.1",
+            "rank 1: data [1], but on rank 0 [0]",
+        ]
+        assert rank["value"] == 0
+    model = tiny("mae_clip", vocab_size=259)
+    config = dataclasses.replace(model.config, eval_data=str(shard), batch_size=4)
+    wanted = evaluation.validation(model, Tokenizer([]), config, torch.device("cpu"), FLOAT32)
+    assert found[0]["losses"] == pytest.approx(wanted, rel=1e-5)
+    assert found[1]["losses"] == pytest.approx(
+        {name: wanted[name] for name in found[1]["losses"]}, rel=1e-5
+    )
+    assert set(found[1]["losses"]) == {"contrastive", "image", "text", "loss"}

@@ -1,0 +1,209 @@
+"""What training asks of the machine and of other processes: device and precision, the allocator,
+signals, one run a folder, ranks that agree."""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import timeit
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data import DataError, one_line
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+# --- The device -----------------------------------------------------------------------------------
+@cache
+def bf16_speedup(width):
+    """Of a matrix product of that width on this CPU: the time in float32 over that in bfloat16."""
+
+    def seconds(x):
+        return min(timeit.repeat(lambda: x @ x.T, number=1, repeat=5))
+
+    x = torch.ones(1024, width)
+    return seconds(x) / seconds(x.bfloat16())
+
+
+def keep_memory():
+    """Makes glibc keep freed memory, which the next step would have to fault in again."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its maximum of 32 MiB
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+
+
+def pick_device(config):
+    """-> the device of this process and the autocast for its forward passes. From now on glibc
+    keeps freed memory, and new CUDA memory lies on that device."""
+    keep_memory()
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"  # mps has never been tried
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.empty(0, device=name).device  # raises where there is no such device
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"--device {name}: not to be had here ({one_line(error)})") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    bf16 = config.precision == "bf16"
+    if config.precision == "auto":
+        bf16 = device.type == "cuda"
+        if device.type == "cpu":
+            bf16 = bf16_speedup(config.width) > 1.2  # since casts cost time, too
+    return device, torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+# --- Signals --------------------------------------------------------------------------------------
+class Interrupted(Exception):
+    """A signal came while a run waited for data."""
+
+
+class Signals:
+    """Inside `with Signals() as signals`, Ctrl-C, kill and a closed terminal (which Windows does
+    not tell) set signals.came, which is 0 before, to their number; the run ends when it has saved.
+    The same signal a second time ends the program at once."""
+
+    def __init__(self):
+        self.came = 0
+        self.waiting = False
+        self.alone = ranks()[1] == 1  # several processes stop together, at the same step
+        self.previous = {}
+
+    def __enter__(self):
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                self.previous[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        """Called by Python between two operations of the main thread."""
+        # One Ctrl-C under torchrun is two signals: the terminal's SIGINT and torchrun's SIGTERM.
+        if number == self.came:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.came = max(self.came, number)
+        if self.waiting:
+            raise Interrupted
+
+    @contextmanager
+    def interruptible(self):
+        """For the wait for data, which may be long: inside, a signal raises Interrupted in a run of
+        one process. And a worker's death is an error inside alone: PyTorch's own handler raises
+        it at any place, that is also in the middle of a step."""
+        self.waiting = self.alone
+        try:
+            yield
+        finally:
+            self.waiting = False
+            if hasattr(signal, "SIGCHLD"):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+# --- Ranks ----------------------------------------------------------------------------------------
+def ranks():
+    """-> (rank of this process, number of processes)."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def from_first(function, *arguments):
+    """What the function gives on rank 0, on all ranks; where it fails there, they all fail so."""
+    box = [None]
+    rank, world = ranks()
+    if rank == 0:
+        try:
+            box = [function(*arguments)]
+        except (OSError, ValueError) as error:
+            box = [error]
+    if world > 1:
+        dist.broadcast_object_list(box)
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]
+
+
+def agree(facts):
+    """{name: value}, the same on all ranks; else a DataError on each, which names the rank and
+    what differs there."""
+    _, world = ranks()
+    everywhere = [facts]
+    if world > 1:
+        everywhere = [None] * world
+        dist.all_gather_object(everywhere, facts)
+    for rank, there in enumerate(everywhere):
+        for name, value in there.items():
+            first = everywhere[0][name]
+            if value != first:
+                raise DataError(
+                    f"rank {rank}: {name} {str(value):.60}, but on rank 0 {str(first):.60}"
+                )
+
+
+# --- Files ----------------------------------------------------------------------------------------
+def save_whole(state, path):
+    """torch.save, whole and on the disk or not at all; OSError where the disk is full."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written ({one_line(error)})") from None
+
+
+# --- One run a folder -----------------------------------------------------------------------------
+def lock_file(path):
+    """Opens a file and takes its lock, which lasts until all that hold the file open have ended
+    -> the file; None where another program has the lock."""
+    file = open(path, "a+")
+    if fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            return None
+    return file
+
+
+@contextmanager
+def own_folder(folder):
+    """Makes a run's folder and, inside `with`, keeps other programs out of it; DataError, which
+    says who is in it, where it is taken."""
+    held = []
+
+    def take():
+        path = Path(folder, ".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = lock_file(path)
+        if file is None:
+            raise DataError(f"{folder}: is being trained in by {path.read_text().strip()}")
+        held.append(file)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+
+    from_first(take)
+    try:
+        yield
+    finally:
+        for file in held:
+            file.close()

@@ -1,0 +1,147 @@
+"""What else a model is for: features as a file, search, weights for timm, curves of training.
+
+    python eval.py embed CHECKPOINT --data SET --out features.npz
+    python eval.py search CHECKPOINT "a dog on a beach" --data SET --out page.png
+    python eval.py export CHECKPOINT tower.pt
+    python eval.py curves RUN... --out curves
+
+For embed and search a SET may also be a plain folder of photos. Letters as in eval.py.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import mae_clip  # before torch, as it tells torch's threads how to wait
+
+# isort: split
+import numpy as np
+import torch
+
+import data
+import pictures
+from eval import encode_split, encode_texts, format_table, open_sets, say
+from weights import export_tower
+
+
+# --- Sets -----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Photos:
+    """A plain folder of image files, and of folders of them: a set without texts."""
+
+    source: str
+    classes: tuple = ()
+
+    def samples(self, split):
+        """-> iterator of (path, image bytes, no caption)."""
+        for path in sorted(Path(self.source).rglob("*")):
+            if path.suffix[1:].lower() in data.IMAGE_FIELDS:
+                yield str(path), path.read_bytes(), []
+
+
+def open_images(sources):
+    """The same as open_sets, but a folder may be one of photos alone."""
+    sets = []
+    for source in filter(None, sources.split("::")):
+        folder = Path(source)
+        known = (folder / "test").is_dir() or (folder / "objects").is_dir()
+        photos = Photos(source)
+        if folder.is_dir() and not known and next(photos.samples("test"), None):
+            sets.append(photos)
+        else:
+            sets += open_sets(source)
+    return sets
+
+
+# --- Commands: flags in, what is printed out ------------------------------------------------------
+def parse(command, flags, positional, out, sets=True):
+    """The values of a command's flags; positional: its names; out: what --out is when not given;
+    sets: does it read --data."""
+    parser = argparse.ArgumentParser(
+        f"eval.py {command}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name in positional:
+        parser.add_argument(name.lower(), metavar=name, nargs="+" if name == "RUN" else None)
+    if sets:
+        parser.add_argument("--data", required=True, help="SETs, joined by ::")
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    if out:
+        parser.add_argument("--out", default=out, help="file to write (default: %(default)s)")
+    return parser.parse_args(flags)
+
+
+def load(args):
+    """The checkpoint that was named -> model on the device that was named, its tokenizer."""
+    device, _ = mae_clip.pick_device(mae_clip.Config(device=args.device, precision="fp32"))
+    model, tokenizer, _ = mae_clip.load(args.checkpoint, device)
+    return model, tokenizer
+
+
+def embed(flags):
+    """Writes an .npz file: keys, labels (-1: none) and image_features (n,E) of all images; texts
+    (m,), their text_features (m,E) and image_of_text (m,), where there are captions and a text
+    tower."""
+    args = parse("embed", flags, ["CHECKPOINT"], "features.npz")
+    model, tokenizer = load(args)
+    features = []
+    keys = []
+    labels = []
+    texts = []
+    image_of_text = []
+    for dataset in open_images(args.data):
+        test = encode_split(model, dataset, "test")
+        features.append(test.embedded)
+        for (key, _, _), target in zip(dataset.samples("test"), test.targets, strict=True):
+            if dataset.classes:
+                labels.append(target)
+            else:
+                labels.append(-1)
+                texts += target
+                image_of_text += [len(keys)] * len(target)
+            keys.append(key)
+    found = {"keys": keys, "labels": labels, "image_features": torch.cat(features)}
+    if texts and "contrastive" in model.terms:
+        found["texts"] = texts
+        found["text_features"] = encode_texts(model, tokenizer, texts)
+        found["image_of_text"] = image_of_text
+    np.savez(args.out, **found)
+    say(f"written to {args.out}")
+    shapes = [[name, str(np.shape(values))] for name, values in found.items()]
+    return format_table([["array", "shape"], *shapes])
+
+
+def search(flags, count=12):
+    """Shows the images of largest cosine with a sentence, as a table and a picture."""
+    args = parse("search", flags, ["CHECKPOINT", "SENTENCE"], "search.png")
+    model, tokenizer = load(args)
+    text = encode_texts(model, tokenizer, [args.sentence])[0]
+    found = []  # (cosine, key, image bytes) of the best so far
+    for dataset in open_images(args.data):
+        scores = (encode_split(model, dataset, "test").embedded @ text).tolist()
+        for score, (key, content, _) in zip(scores, dataset.samples("test"), strict=True):
+            found.append((score, key, content))
+            if len(found) > 1000:  # lest all images' bytes are held
+                found = sorted(found, reverse=True)[:count]
+    best = sorted(found, reverse=True)[:count]
+    images = [(f"{score:.3f}  {Path(key).name}", data.decode(each)) for score, key, each in best]
+    pictures.draw_page(f'"{args.sentence}"', images, args.out)
+    say(f"the picture is {args.out}")
+    return format_table([["cosine", "image"], *([f"{score:.3f}", key] for score, key, _ in best)])
+
+
+def export(flags):
+    """Writes the image tower for timm -> the lines that load it."""
+    args = parse("export", flags, ["CHECKPOINT", "FILE"], None, sets=False)
+    return export_tower(args.checkpoint, args.file)
+
+
+def curves(flags):
+    """Draws the logs of runs, one chart, as SVG and PNG."""
+    args = parse("curves", flags, ["RUN"], "curves", sets=False)
+    drawing = pictures.draw_curves({run: pictures.read_log(run) for run in args.run})
+    for ending, save in ((".svg", drawing.save_svg), (".png", drawing.save_png)):
+        save(Path(args.out).with_suffix(ending))
+    return f"the chart is {Path(args.out).with_suffix('')}.svg and .png"
