@@ -87,10 +87,10 @@ def start_from(model, weights, merges=None):
             own[name].copy_(tensor)  # a view of the model's own memory
             taken.append(name)
         else:
-            left.append(name)
+            left.append(name if name in own else name.removeprefix(TOWER))
     path = weights["path"]
     if not taken:
-        some = ", ".join(name.removeprefix(TOWER) for name in left[:3])
+        some = ", ".join(left[:3])
         raise DataError(
             f"--init {path}: nothing in it has a name and shape of this model's; it has {some} ..."
         )
@@ -105,7 +105,6 @@ def groups(names):
     """Names of tensors in words: the part that each belongs to, and of how many."""
     parts = Counter()
     for name in names:
-        name = name.removeprefix(TOWER) if "decoder" in name else name
         parts[name.split(".")[0].split("_blocks")[0]] += 1
     return ", ".join(f"{part} ({count})" for part, count in parts.items()) or "nothing"
 
