@@ -510,7 +510,7 @@ def contrastive_loss(image_features, text_features, scale):
 def patch_targets(patches, normalise=True):
     """What patches (...,P*P*3) are to be predicted as: MAE normalises each by its own mean and
     unbiased variance (+1e-6). To reconstruct something else, of this size and computed from each
-    patch alone, change this function and, for pictures, its inverse: panels in eval.py."""
+    patch alone, change this function and, for pictures, its inverse: panels in pictures.py."""
     patches = at_least_float32(patches)
     if not normalise:
         return patches

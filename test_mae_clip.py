@@ -4497,7 +4497,10 @@ def test_the_recipes_of_the_photographs_make_sets_that_can_be_used(tmp_path, mon
     assert len(loader_of("tiny_imagenet", 20)) == 8
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/data.md", "docs/results.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "docs/data.md", "docs/results.md", "docs/weights.md", "docs/walkthrough.md"],
+)
 def test_every_flag_of_a_command_in_the_documents_is_one_that_is_there(name):
     text = (HERE / name).read_text(encoding="utf-8").replace("\\\n", " ")
     commands = re.findall(r"(mae_clip|eval|data)\.py ([^`\n|]*)", text)
