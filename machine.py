@@ -104,11 +104,13 @@ class Signals:
     @contextmanager
     def interruptible(self):
         """For the wait for data, which may be long: inside, a signal raises Interrupted in a run of
-        one process. And a worker's death is an error inside alone: PyTorch's own handler raises
-        it at any place, that is also in the middle of a step."""
+        one process, and the death of a worker DataError. Outside it is not noticed: PyTorch's own
+        handler would raise in the middle of a step."""
         self.waiting = self.alone
         try:
             yield
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            raise DataError(f"a worker that loads data failed: {one_line(error)}") from None
         finally:
             self.waiting = False
             if hasattr(signal, "SIGCHLD"):

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -4949,6 +4950,27 @@ def test_a_signal_while_a_run_waits_for_data_is_answered_at_once(tmp_path, from_
     assert process.returncode == 143, errors
     assert "--resume" in said and "Traceback" not in errors
     assert list(out.glob("checkpoint-*.pt"))
+
+
+def test_the_death_of_a_worker_is_one_line_and_a_whole_step_is_saved(tmp_path, monkeypatch):
+    step = mae_clip.train_step
+
+    def deadly(*arguments):
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+        return step(*arguments)
+
+    monkeypatch.setattr(mae_clip, "train_step", deadly)
+    flags = [*TINY, "--method", "clip", "--steps", 50, "--workers", 1, "--out", tmp_path]
+    said = said_in_one_line(run(*flags, code=2))
+    assert "a worker that loads data failed" in said
+    (path,) = tmp_path.glob("checkpoint-*.pt")
+    state = torch.load(path, weights_only=True)
+    assert 1 <= state["step"] < 50
+    for optimizer in state["optimizers"]:
+        for values in optimizer["state"].values():
+            assert values.get("step", state["step"]) == state["step"]
 
 
 def test_the_same_signal_a_second_time_ends_the_program():
