@@ -319,7 +319,9 @@ def open_folder(folder):
 
     classes = lines("classnames.txt")
     shards = "".join(lines("test/nshards.txt"))
-    if not classes and shards.isdecimal():
+    if shards and not shards.isdecimal():
+        raise DataError(f"{folder}/test/nshards.txt: {shards!r:.40} is no number of shards")
+    if shards and not classes:
         return EvalSet(f"{folder}/test/{{0..{int(shards) - 1}}}.tar")
     if len(classes) < 2:
         raise DataError(
@@ -372,7 +374,8 @@ def check_sets(sources):
 # --- Features -------------------------------------------------------------------------------------
 def image_batches(dataset, split, size, limit=None, rows=256):
     """Yields (uint8 (B,3,S,S), list of B targets), B up to `rows`, decoded in threads."""
-    samples = tqdm(dataset.samples(split), f"{dataset.source} {split}", leave=False, disable=None)
+    title = f"{dataset.source[-30:]} {split}"  # the end of a long name
+    samples = tqdm(dataset.samples(split), title, leave=False, disable=None)
     samples = islice(samples, limit)
 
     def read(sample):
@@ -903,9 +906,11 @@ def make_parser():
         command.add_argument(
             "--untrained", action="store_true", help="score a new model, too, like the first"
         )
-        command.add_argument("--format", default="text", choices=("text", "markdown", "json"))
+        command.add_argument(
+            "--format", default="text", choices=("text", "markdown", "json"), help="of the table"
+        )
         command.add_argument("--out", help="picture of reconstruct (default: in the run's folder)")
-        command.add_argument("--device", default="auto")
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     text = "time training steps; all flags of mae_clip.py apply"
     command = commands.add_parser("benchmark", help=text, description=text)
     command.add_argument("--out", default="benchmark.json", help="figures (default: %(default)s)")

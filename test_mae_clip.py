@@ -4465,6 +4465,20 @@ def test_the_python_of_the_readme_runs(trained, tmp_path, monkeypatch, capsys):
     assert len(capsys.readouterr().out.split(",")) == 2  # two cosines
 
 
+def test_the_picture_of_patches_and_words_in_the_walkthrough_can_be_drawn(
+    trained, tmp_path, monkeypatch
+):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mae_clip-small").symlink_to(trained["mae_clip"].parent)
+    scenes = data.builtin(400, 0)
+    monkeypatch.setattr(data, "builtin", lambda count, seed: scenes)
+    monkeypatch.chdir(tmp_path)
+    (text,) = [block for block in blocks("docs/walkthrough.md", "python") if "patches.png" in block]
+    exec(text, {})
+    with Image.open("patches.png") as page:
+        assert page.size == (770, 672)
+
+
 def test_the_recipes_of_the_photographs_make_sets_that_can_be_used(tmp_path, monkeypatch):
     flickr, tiny_imagenet = blocks("docs/data.md", "python")
     monkeypatch.chdir(tmp_path)
