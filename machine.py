@@ -85,6 +85,9 @@ class Signals:
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                 self.previous[number] = signal.signal(number, self.handle)
+        if sys.platform == "linux" and not self.alone:
+            # PR_SET_PDEATHSIG: when torchrun itself is killed, its ranks save and end.
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)
         return self
 
     def __exit__(self, *_):
