@@ -361,12 +361,14 @@ def named(function, name, content):
         raise DataError(f"{name}: {error}") from None
 
 
-def check_sets(sources):
-    """DataError where a set is missing, or a header or class of its test split does not fit."""
+def check_sets(sources, whole=False):
+    """DataError where a set is missing, or a header (whole: an image) or class of its test split
+    does not fit."""
+    read = data.decode if whole else data.open_image
     for dataset in open_sets(sources):
         for key, content, target in dataset.samples("test"):
             name = f"{dataset.source}: {key}"
-            named(data.open_image, name, content)
+            named(read, name, content)
             if dataset.classes and target >= len(dataset.classes):
                 raise DataError(f"{name}: class {target} (from 0) of {len(dataset.classes)}")
 
@@ -659,11 +661,14 @@ def evaluate(model, tokenizer, eval_data, out=None):
 @torch.no_grad()
 def losses_on(dataset, model, tokenizer, config, device, autocast):
     """The terms of the loss and their sum on captioned shards, in whole batches of the training's
-    size, or of the set's if it is smaller, by masks that are always the same -> {term: value}. To
-    be called on all ranks: each takes its part of a batch."""
+    size, or of all pairs that the ranks can share evenly if these are fewer, by masks that are
+    always the same -> {term: value}, empty of too few. To be called on all ranks: each takes its
+    part of a batch."""
     rank, world = mae_clip.ranks()
     count = sum(1 for _ in dataset.samples("test"))
     part = min(config.batch_size, count) // world
+    if not part:
+        return {}
     rows = part * world
     own = slice(rank * part, (rank + 1) * part)
     limit = count // rows * rows
@@ -696,7 +701,9 @@ def validation(model, tokenizer, config, device, autocast):
             for name in ("acc1", "image_retrieval_recall@10", "text_retrieval_recall@10"):
                 if name in entry["chance"]:
                     found[f"{task} {name}"] = entry[name]
-        shown = " ".join(f"{name} {value:.3f}" for name, value in found.items())
+        if not found:
+            say_once("--eval-every: no set of --eval-data has scores for this method")
+        shown = "; ".join(f"{name} {value:.3f}" for name, value in found.items())
         tqdm.write(textwrap.fill(f"validation {shown}", 80, subsequent_indent=" " * 11))
     return found
 

@@ -73,10 +73,11 @@ class Interrupted(Exception):
 class Signals:
     """Inside `with Signals() as signals`, Ctrl-C, kill and a closed terminal (which Windows does
     not tell) set signals.came, which is 0 before, to their number; the run ends when it has saved.
-    The same signal a second time ends the program at once."""
+    A signal that has come before ends the program at once."""
 
     def __init__(self):
         self.came = 0
+        self.seen = set()
         self.waiting = False
         self.alone = ranks()[1] == 1  # several processes stop together, at the same step
         self.previous = {}
@@ -97,10 +98,11 @@ class Signals:
     def handle(self, number, frame):
         """Called by Python between two operations of the main thread."""
         # One Ctrl-C under torchrun is two signals: the terminal's SIGINT and torchrun's SIGTERM.
-        if number == self.came:
+        if number in self.seen:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.came = max(self.came, number)
+        self.seen.add(number)
+        self.came = max(self.seen)
         if self.waiting:
             raise Interrupted
 
@@ -111,6 +113,8 @@ class Signals:
         handler would raise in the middle of a step."""
         self.waiting = self.alone
         try:
+            if self.waiting and self.came:
+                raise Interrupted
             yield
         except (RuntimeError, EOFError, ConnectionError) as error:
             raise DataError(f"a worker that loads data failed: {one_line(error)}") from None
@@ -164,7 +168,7 @@ def agree(facts):
 # --- Files ----------------------------------------------------------------------------------------
 def save_whole(state, path):
     """torch.save, whole and on the disk or not at all; OSError where the disk is full."""
-    part = path.with_suffix(".part")
+    part = path.with_name("checkpoint.part")  # the next one takes its place, if it is left behind
     try:
         with open(part, "wb") as file:
             torch.save(state, file)
@@ -183,9 +187,11 @@ def lock_file(path):
     if fcntl:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.close()
             return None
+        except OSError:  # a file system without locks
+            pass
     return file
 
 

@@ -889,7 +889,7 @@ class Config(ModelConfig):
     data: str = ""  # shards (paths, folders, globs, {000..123}, pipe:), joined by ::; "": scenes
     samples: int = 0  # train on so many samples of the data alone; 0: on all
     resample: bool = False  # draw shards with replacement, without end, and read each through
-    tokenizer: str = ""  # file that data.py tokenizer wrote; empty: learned from the captions
+    tokenizer: str = ""  # file that data.py tokenizer wrote; empty: --init's, or learned
     eval_data: str = ""  # sets to score, joined by :: (captioned shards, labelled folders)
     eval_every: int = 0  # steps between scores while training; 0: scores at the end alone
     scenes: int = 40_000  # built-in data: training images
@@ -1088,7 +1088,7 @@ def compile_blocks(model, config, device):
 # samples' keys (of streams the shards' names). The tokenizer, and with it vocab_size, is the
 # checkpoint's. A run that came to its last step may be given more --steps.
 MAY_CHANGE = """
-    out resume device precision compile log_every save_every data eval_data eval_every workers
+    out resume init device precision compile log_every save_every data eval_data eval_every workers
     stop_after tokenizer vocab_size accumulate
 """.split()
 
@@ -1368,17 +1368,17 @@ def fit(run, net, device, autocast):
                     if log(run, rows, seconds, waited):
                         run.seconds += seconds
                         since, waited, rows = time.time(), 0.0, []
-                whole = True  # not where no loss was finite, which log does not let pass
+                whole = True  # where no loss of ten steps or more was finite, log has raised
+                if config.eval_every and run.step % config.eval_every == 0:
+                    began = time.time()
+                    found = validation(run.model, run.loader.tokenizer, config, device, autocast)
+                    write_record(run, {"step": run.step, "validation": found})
+                    since += time.time() - began  # training has not gone on meanwhile
                 # All processes stop at the same step, with one word of 16 bytes at each.
                 news = torch.tensor([[signals.came, run.loader.position]], device=device)
                 came, run.position = gather(news).amax(dim=0).tolist()
                 if run.step < last:  # after the last step there is nothing to stop
                     stopped = came
-                if config.eval_every and run.step % config.eval_every == 0:
-                    began = time.time()
-                    found = validation(run.model, run.loader.tokenizer, config, device, autocast)
-                    write_record(run, {"step": run.step, "validation": found})
-                    since += time.time() - began
                 if rank == 0 and run.step % config.save_every == 0:
                     save_checkpoint(run)
         except Interrupted:
@@ -1412,7 +1412,9 @@ def train_in_folder(config, device, autocast):
     state = from_first(open_run, config)
     start = {} if state else read_weights(config.init)
     loader, config = open_data(config, state, start.get("merges"))
-    check_sets(config.eval_data)  # a missing set, a header or class that does not fit: now
+    check_sets(
+        config.eval_data, config.eval_every > 0
+    )  # a missing set, a header or class that does not fit: now
     settings = {flag(name): value for name, value in asdict(config).items() if name not in OWN}
     tokenizer = loader.tokenizer and loader.tokenizer.merges
     agree(settings | {"data": loader.identity, "tokenizer": tokenizer, "bf16": autocast._enabled})

@@ -171,18 +171,20 @@ def draw_page(title, images, path, side=200):
     rows = math.ceil(len(images) / 4)
     sheet = Image.new("RGB", (4 * step + 12, rows * (step + 18) + 36), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((12, 8), title.encode("ascii", "backslashreplace").decode(), "black", font)
+    draw.text((12, 8), title.encode("ascii", "backslashreplace").decode()[:120], "black", font)
     for number, (text, image) in enumerate(images):
         row, column = divmod(number, 4)
         x, y = 12 + column * step, 36 + row * (step + 18)
         sheet.paste(ImageOps.contain(image.convert("RGB"), (side, side)), (x, y))
         text = text.encode("ascii", "backslashreplace").decode()
-        draw.text((x, y + side + 2), textwrap.shorten(text, 30, placeholder="..."), "black", font)
+        draw.text((x, y + side + 2), text[:30], "black", font)
     sheet.save(path)
 
 
 # --- Curves ---------------------------------------------------------------------------------------
-RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
+RUN_COLOURS = (
+    "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #444444 #8c510a #6a3d9a #b8b800".split()
+)
 TERMS = ("contrastive", "image", "text", "simclr")
 
 
@@ -193,6 +195,7 @@ def read_log(folder):
     try:
         config = json.loads(Path(folder, "config.json").read_text())
         records = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
+        chance = math.log(config["batch_size"])
         for record in records:
             step = record["step"]
             for name in TERMS:
@@ -200,12 +203,11 @@ def read_log(folder):
                     curves[name].append((step, record[name]))
             for name, value in record.get("validation", {}).items():
                 curves[f"validation {name}"].append((step, value))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: is no run's folder, or its log is damaged ({error})") from None
     if not curves:
         raise DataError(f"{folder}: its log.jsonl holds no step yet")
-    chance = math.log(config["batch_size"])
-    curves["chance"] = [(step, chance) for step, _ in curves["contrastive"]]
+    curves["chance"] = [(step, chance) for step, _ in curves.get("contrastive", ())]
     return curves
 
 
@@ -214,7 +216,7 @@ def draw_curves(logs):
     validation is a thin line with dots, and for each other score of validation."""
     found = [name for curves in logs.values() for name in curves]
     scores = [name.removeprefix("validation ") for name in found if "validation " in name]
-    panels = [name for name in TERMS if name in found]
+    panels = [name for name in TERMS if name in (*found, *scores)]
     panels += [name for name in dict.fromkeys(scores) if name not in (*TERMS, "loss")]
     last = max(step for curves in logs.values() for points in curves.values() for step, _ in points)
     rows = math.ceil(len(panels) / 2)
@@ -234,7 +236,7 @@ def draw_curves(logs):
     for place, run in enumerate(logs):
         colour = RUN_COLOURS[place % len(RUN_COLOURS)]
         drawing.line([(34, y - 3), (50, y - 3)], colour, 1.2)
-        drawing.words(55, y, str(run))
+        drawing.words(55, y, str(run)[-70:])
         y += 12
     drawing.words(34, y, "dots: validation; grey: chance")
     return drawing
@@ -246,13 +248,13 @@ def draw_chart(drawing, left, top, title, last, lines):
     right, bottom = left + 165, top + 92
     values = [value for points, *_ in lines for _, value in points]
     low, high = min(values), max(values)
-    margin = 0.05 * (high - low) + 1e-6
+    margin = 0.05 * (high - low) + 1e-3
     low, high = low - margin, high + margin
 
     def place(step, value):
         return left + 165 * step / last, bottom - 92 * (value - low) / (high - low)
 
-    drawing.words(left, top - 6, title)
+    drawing.words(left, top - 6, title[:40])
     for value in ticks(low, high):
         _, y = place(0, value)
         drawing.line([(left, y), (right, y)], "#dddddd", 0.6)

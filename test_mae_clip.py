@@ -4617,6 +4617,20 @@ def test_validation_on_fewer_pairs_than_a_batch_is_of_them_all(tmp_path):
     assert 0 < found["contrastive"] < 2 * math.log(5)
 
 
+def test_with_scores_while_training_a_damaged_test_image_is_told_before_the_first_step(tmp_path):
+    shard = captioned_shard(tmp_path / "dev.tar", 4, broken=[2])
+    flags = [*TINY, "--method", "clip", "--steps", 2, "--eval-data", shard, "--out", tmp_path / "a"]
+    assert "002" in said_in_one_line(run(*flags, "--eval-every", 1, code=2))
+    assert not list((tmp_path / "a").glob("checkpoint-*"))
+
+
+def test_scores_while_training_that_are_none_are_said_once(tmp_path):
+    folder = labelled_folder(tmp_path / "set", 4)
+    flags = [*TINY, "--method", "mae", "--steps", 2, "--eval-every", 1, "--eval-data", folder]
+    done = run(*flags, "--out", tmp_path / "run")
+    assert done.stderr.count("no set of --eval-data has scores for this method") == 1
+
+
 # --- Weights in and out ---------------------------------------------------------------------------
 
 
@@ -4651,6 +4665,7 @@ def test_a_run_starts_from_the_weights_of_another_method(tmp_path, first, then):
 def test_the_words_of_another_tokenizer_are_not_taken(tmp_path):
     source = changed(tiny("mae_clip", vocab_size=300))
     found = {"path": tmp_path, "model": source.state_dict(), "merges": [(104, 105)]}
+    found["config"] = None
     for merges in ([(104, 105)], [(105, 104)]):
         model = tiny("mae_clip", seed=3, vocab_size=300)
         weights.start_from(model, found, merges)
@@ -4707,7 +4722,7 @@ def test_positions_of_another_grid_are_resized_and_that_is_said():
     tower["pos_embed"] = torch.cat([cls, grid.reshape(1, 64, 64)], dim=1)
     model = tiny("clip")  # 4 x 4 patches
     named = {f"image_encoder.{name}": tensor for name, tensor in tower.items()}
-    said = weights.start_from(model, {"path": "x", "model": named, "merges": None})
+    said = weights.start_from(model, {"path": "x", "model": named, "merges": None, "config": None})
     assert "resized: pos_embed, from (1, 65, 64) to (1, 17, 64)" in said
     assert model.image_encoder.pos_embed[0, 0].eq(7).all()
     finer = weights.resize_positions(tower["pos_embed"], 256)[0, 1:, 0].view(16, 16)
@@ -4716,7 +4731,17 @@ def test_positions_of_another_grid_are_resized_and_that_is_said():
     assert torch.allclose(finer[4:12, 4:12], place[:, None] + 10 * place[None], atol=1e-4)
     without = weights.resize_positions(grid.reshape(1, 64, 64), 64)
     assert without[0, 0].eq(0).all() and torch.equal(without[0, 1:], grid.reshape(64, 64))
-    assert weights.resize_positions(torch.ones(1, 63, 64), 16) is None
+    for shape in ((1, 63, 64), (17, 64), (1, 4, 4, 64)):
+        assert weights.resize_positions(torch.ones(shape), 16) is None
+
+
+def test_heads_which_show_in_no_shape_are_compared(tmp_path):
+    source = tiny("clip")
+    config = dataclasses.replace(source.config, out=str(tmp_path))
+    loader = SimpleNamespace(identity=[], tokenizer=Tokenizer([]))
+    mae_clip.save_checkpoint(mae_clip.Run(config, source, [], loader))
+    with pytest.raises(DataError, match=f"--init {tmp_path}.*: has --heads 2; give it"):
+        weights.start_from(tiny("clip", heads=4), weights.read_weights(str(tmp_path)), [])
 
 
 def test_weights_of_which_nothing_fits_and_files_that_hold_none_are_refused(tmp_path):
@@ -4861,6 +4886,9 @@ def test_search_shows_the_images_of_largest_cosine_first(trained, tmp_path, caps
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         (source / "notes.txt").write_text("no photo")
+        (source / "._00.jpg").write_bytes(b"of a Mac")
+        (source / "broken.jpg").write_bytes(b"")
+        (source / "folder.jpg").mkdir()
     page = tmp_path / "page.png"
     said = call(capsys, "search", trained["clip"], "a dog", "--data", source, "--out", page)
     model, tokenizer, config = mae_clip.load(trained["clip"])
@@ -4884,6 +4912,9 @@ def test_search_needs_a_text_tower_and_images(trained, tmp_path, capsys):
         (trained["mae"], "a dog", "--data", shard): "has no contrastive loss",
         (trained["clip"], "a dog", "--data", tmp_path / "empty"): "empty",
         (trained["clip"], "a dog", "--data", tmp_path / "missing"): "missing",
+        (trained["clip"], "a dog", "--data", ""): "names no set",
+        (trained["clip"], "a dog", "--data", shard, "--out", tmp_path / "page"): "page.png",
+        (trained["clip"], "a dog", "--data", shard, "--out", tmp_path / "no" / "a.png"): "no such",
     }.items():
         with pytest.raises(SystemExit) as end:
             call(capsys, "search", *words)
@@ -4910,6 +4941,7 @@ def test_curves_draw_every_term_chance_and_validation_of_all_runs(finished, tmp_
     assert [step for step, _ in curves["contrastive"]] == [1, 2, 3, 4]
     assert [step for step, _ in curves["validation contrastive"]] == [2, 4]
     assert {value for _, value in curves["chance"]} == {math.log(32)}
+    call(capsys, "curves", finished.out, "--out", tmp_path / "alone")  # mae's has no chance
     call(capsys, "curves", finished.out, scored, "--out", tmp_path / "chart")
     root = xml.etree.ElementTree.parse(tmp_path / "chart.svg").getroot()
     words = [element.text for element in root.iter() if element.tag.endswith("text")]
@@ -4937,7 +4969,19 @@ def test_curves_of_what_is_no_run_or_has_no_step_are_refused(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
     (tmp_path / "empty" / "log.jsonl").write_text("")
-    for name, reason in {"missing": "is no run's folder", "empty": "holds no step yet"}.items():
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"batch_size": 4}')
+    (tmp_path / "odd" / "log.jsonl").write_text("[1]\n")
+    reasons = {
+        "missing": "is no run's folder",
+        "empty": "is no run's folder",
+        "odd": "its log is damaged",
+    }
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").write_text('{"batch_size": 4}')
+    (tmp_path / "new" / "log.jsonl").write_text("")
+    reasons["new"] = "holds no step yet"
+    for name, reason in reasons.items():
         with pytest.raises(SystemExit) as end:
             call(capsys, "curves", tmp_path / name, "--out", tmp_path / "chart")
         assert end.value.code == 2
@@ -5054,6 +5098,15 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_and_no_part(
         machine.save_whole({"a": 2}, path)
     assert torch.load(path) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_where_files_cannot_be_locked_a_run_goes_on(tmp_path, monkeypatch):
+    def without(file, how):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(machine.fcntl, "flock", without)
+    with machine.own_folder(tmp_path):
+        assert (tmp_path / ".lock").exists()
 
 
 def on_each_rank(rank, port, folder):

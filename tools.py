@@ -17,10 +17,12 @@ import mae_clip  # before torch, as it tells torch's threads how to wait
 # isort: split
 import numpy as np
 import torch
+from PIL import Image
 
 import data
 import pictures
-from eval import encode_split, encode_texts, format_table, open_sets, say
+from data import DataError
+from eval import encode_split, encode_texts, format_table, open_sets, say, say_once
 from weights import export_tower
 
 
@@ -35,8 +37,14 @@ class Photos:
     def samples(self, split):
         """-> iterator of (path, image bytes, no caption)."""
         for path in sorted(Path(self.source).rglob("*")):
-            if path.suffix[1:].lower() in data.IMAGE_FIELDS:
-                yield str(path), path.read_bytes(), []
+            image = path.suffix[1:].lower() in data.IMAGE_FIELDS
+            if image and path.is_file() and not path.name.startswith("._"):
+                content = path.read_bytes()
+                try:
+                    data.open_image(content)
+                    yield str(path), content, []
+                except DataError as error:
+                    say_once(f"left out: {path}: {error}")
 
 
 def open_images(sources):
@@ -50,6 +58,8 @@ def open_images(sources):
             sets.append(photos)
         else:
             sets += open_sets(source)
+    if not sets:
+        raise DataError(f"--data {sources!r}: names no set")
     return sets
 
 
@@ -70,7 +80,10 @@ def parse(command, flags, positional, out, sets=True):
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     if out:
         parser.add_argument("--out", default=out, help="file to write (default: %(default)s)")
-    return parser.parse_args(flags)
+    args = parser.parse_args(flags)
+    if out and not Path(args.out).parent.is_dir():
+        raise DataError(f"--out {args.out}: there is no such folder")
+    return args
 
 
 def load(args):
@@ -107,15 +120,18 @@ def embed(flags):
         found["texts"] = texts
         found["text_features"] = encode_texts(model, tokenizer, texts)
         found["image_of_text"] = image_of_text
-    np.savez(args.out, **found)
+    with open(args.out, "wb") as file:
+        np.savez(file, **found)
     say(f"written to {args.out}")
-    shapes = [[name, str(np.shape(values))] for name, values in found.items()]
+    shapes = [[name, str(tuple(np.shape(values)))] for name, values in found.items()]
     return format_table([["array", "shape"], *shapes])
 
 
 def search(flags, count=12):
     """Shows the images of largest cosine with a sentence, as a table and a picture."""
     args = parse("search", flags, ["CHECKPOINT", "SENTENCE"], "search.png")
+    if Path(args.out).suffix.lower() not in Image.registered_extensions():
+        raise DataError(f"--out {args.out}: is no name of a picture, such as page.png")
     model, tokenizer = load(args)
     text = encode_texts(model, tokenizer, [args.sentence])[0]
     found = []  # (cosine, key, image bytes) of the best so far
@@ -142,6 +158,6 @@ def curves(flags):
     """Draws the logs of runs, one chart, as SVG and PNG."""
     args = parse("curves", flags, ["RUN"], "curves", sets=False)
     drawing = pictures.draw_curves({run: pictures.read_log(run) for run in args.run})
-    for ending, save in ((".svg", drawing.save_svg), (".png", drawing.save_png)):
-        save(Path(args.out).with_suffix(ending))
-    return f"the chart is {Path(args.out).with_suffix('')}.svg and .png"
+    drawing.save_svg(f"{args.out}.svg")
+    drawing.save_png(f"{args.out}.png")
+    return f"the chart is {args.out}.svg and .png"

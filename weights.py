@@ -14,16 +14,18 @@ import torch.nn.functional as F
 
 import mae_clip
 from data import DataError
+from machine import save_whole
 
 TOWER = "image_encoder."
+WANTED = "give a run's folder, a checkpoint, or a file of weights (.pth, .pt, .safetensors)"
 # What belongs to the words of one tokenizer.
 VOCABULARY = ("token.weight", "decoder.text.head.weight", "decoder.text.head.bias")
 
 
 def read_weights(path):
     """A run's folder, a checkpoint, or a file of another project's (.pth, .pt, .bin, .safetensors)
-    -> {path; model: {name: tensor}, names as in MAECLIP; merges: its tokenizer's, or None}, empty
-    where no path is given; DataError where it cannot be read."""
+    -> {path; model: {name: tensor}, names as in MAECLIP; merges: its tokenizer's, or None; config:
+    of our checkpoints}, empty where no path is given; DataError where it cannot be read."""
     if not path:
         return {}
     path = [*mae_clip.checkpoints(path), Path(path)][0]
@@ -39,22 +41,29 @@ def read_weights(path):
     except ImportError:
         raise DataError(f"--init {path}: needs the package safetensors (pip install it)") from None
     except Exception as error:  # a damaged file raises nearly anything
-        raise DataError(f"--init {path}: cannot be read as weights ({error!r:.60})") from None
+        raise DataError(
+            f"--init {path}: cannot be read as weights ({type(error).__name__}); {WANTED}"
+        ) from None
     tensors = found
     for wrapper in ("model", "state_dict"):
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             tensors = found[wrapper]
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise DataError(f"--init {path}: holds no weights, which are tensors by name")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and torch.is_tensor(x) for name, x in tensors.items()
+    ):
+        raise DataError(f"--init {path}: holds no weights, which are tensors by name; {WANTED}")
     ours = any(name.startswith(TOWER) for name in tensors)
     if not ours:  # timm's and MAE's image towers have no prefix of their own
         tensors = {TOWER + name.removeprefix("module."): x for name, x in tensors.items()}
-    return {"path": path, "model": tensors, "merges": found.get("merges") if ours else None}
+    merges = found.get("merges") if ours else None
+    return {"path": path, "model": tensors, "merges": merges, "config": found.get("config")}
 
 
 def resize_positions(positions, count):
     """Positions (1,M,D) of a square grid of patches, with a row for CLS before them or without
     -> (1,1+count,D) of another square grid, bicubic; None where M is neither."""
+    if positions.ndim != 3:
+        return None
     patches = positions.shape[1]
     side = int(patches**0.5)
     cls = positions[:, : patches - side**2]
@@ -73,12 +82,17 @@ def start_from(model, weights, merges=None):
     """Copies into the model what read_weights found and what fits; merges: the model's tokenizer's
     -> what was taken, resized, left and begun anew, in words; DataError where nothing fits."""
     own = model.state_dict()
+    config = weights["config"] or {}
+    for name in ("heads", "text_heads"):  # which show in no shape
+        heads = config.get(name, getattr(model.config, name))
+        if heads != getattr(model.config, name):
+            raise DataError(f"--init {weights['path']}: has {mae_clip.flag(name)} {heads}; give it")
     taken = []
     left = []
     resized = ""
     for name, tensor in weights["model"].items():
         foreign = name.endswith(VOCABULARY) and weights["merges"] != merges
-        if name == f"{TOWER}pos_embed" and name in own and tensor.shape != own[name].shape:
+        if name == f"{TOWER}pos_embed" and tensor.shape != own[name].shape:
             before = tuple(tensor.shape)
             tensor = resize_positions(tensor, own[name].shape[1] - 1)
             if tensor is not None and tensor.shape == own[name].shape:
@@ -117,13 +131,13 @@ def export_tower(checkpoint, path):
     read = f"torch.load({str(path)!r})"
     if Path(path).suffix == ".safetensors":
         try:
-            from safetensors.torch import save_file
+            from safetensors.torch import save
         except ImportError:
             raise DataError(f"{path}: needs the package safetensors (pip install it)") from None
-        save_file(tower, path)
+        Path(path).write_bytes(save(tower))
         read = f"safetensors.torch.load_file({str(path)!r})"
     else:
-        torch.save(tower, path)
+        save_whole(tower, Path(path))
     pool = {"gap": "avg", "max": "max", "cls": "token"}[config.pool]
     return (
         f"tower = timm.models.VisionTransformer(img_size={config.image_size}, "
