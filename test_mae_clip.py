@@ -3820,7 +3820,7 @@ def test_the_logit_scale_stays_between_1_and_100(tmp_path):
 def test_a_run_without_a_finite_loss_ends_and_says_what_to_do(tmp_path):
     flags = ("--method", "clip", "--lr", 1e30, "--warmup", 0, "--steps", 20, "--log-every", 2)
     done = run(*TINY, *flags, "--out", tmp_path / "run", code=2)
-    assert "no loss of 10 steps was finite; lower --lr" in said_in_one_line(done)
+    assert "no loss of 10 steps was finite; begin anew, with lower --lr" in said_in_one_line(done)
 
 
 def test_a_few_steps_that_are_not_finite_do_not_end_a_run(tmp_path, monkeypatch):
