@@ -575,6 +575,12 @@ TASKS = {  # each: model, tokenizer, dataset, function of a split -> {measure: S
 MAYBE = ("acc5", "seen", "unseen")  # measures of zero_shot that some sets leave undefined
 
 
+def scoring_device(name):
+    """--device -> the device. Everything is scored in float32, so `auto` need not be measured."""
+    device, _ = mae_clip.pick_device(mae_clip.Config(device=name, precision="fp32"))
+    return device
+
+
 def say(message):
     """One line to the user, beside the table on stdout."""
     print(f"eval.py: {' '.join(str(message).split())}", file=sys.stderr)
@@ -954,8 +960,7 @@ def run(argv):
         return getattr(import_module(file), function)(flags)
     if flags:
         raise DataError(f"{args.command} has no flag {flags[0]}; see --help")
-    # Everything is scored in float32; so `auto` need not be measured.
-    device, _ = mae_clip.pick_device(mae_clip.Config(device=args.device, precision="fp32"))
+    device = scoring_device(args.device)
     if args.labels and args.command == "zero-shot":
         return classify_photo(args.paths, args.labels, device)
     if not args.data:

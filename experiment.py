@@ -39,12 +39,8 @@ import data
 import mae_clip
 from data import DataError
 from eval import format_table, open_sets, say
+from machine import lock_file
 from pictures import Drawing, ticks
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 AXES = ("arm", "samples", "pool", "seed")  # what tells the runs of a table apart
 # Settings in which the runs of a table may differ beside the axes: at most rounding hangs on them.
@@ -161,13 +157,10 @@ class Runner:
 
     def __init__(self, out, flags, jobs):
         """Waits where another sitting, or a run that it left behind, is at work in the folder."""
-        self.lock = (out / "lock").open("a+")
-        if fcntl:
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                say(f"waits until another sitting in {out}, or runs that it left, are done")
-                fcntl.flock(self.lock, fcntl.LOCK_EX)
+        self.lock = lock_file(out / "lock")
+        if self.lock is None:
+            say(f"waits until another sitting in {out}, or runs that it left, are done")
+            self.lock = lock_file(out / "lock", wait=True)
         self.out = out
         self.flags = flags
         self.jobs = jobs

@@ -180,13 +180,13 @@ def save_whole(state, path):
 
 
 # --- One run a folder -----------------------------------------------------------------------------
-def lock_file(path):
+def lock_file(path, wait=False):
     """Opens a file and takes its lock, which lasts until all that hold the file open have ended
-    -> the file; None where another program has the lock."""
+    -> the file; None where another program has the lock and `wait` is not set."""
     file = open(path, "a+")
     if fcntl:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
             return None

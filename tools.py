@@ -22,7 +22,15 @@ from PIL import Image
 import data
 import pictures
 from data import DataError
-from eval import encode_split, encode_texts, format_table, open_sets, say, say_once
+from eval import (
+    encode_split,
+    encode_texts,
+    format_table,
+    open_sets,
+    say,
+    say_once,
+    scoring_device,
+)
 from weights import export_tower
 
 
@@ -88,8 +96,7 @@ def parse(command, flags, positional, out, sets=True):
 
 def load(args):
     """The checkpoint that was named -> model on the device that was named, its tokenizer."""
-    device, _ = mae_clip.pick_device(mae_clip.Config(device=args.device, precision="fp32"))
-    model, tokenizer, _ = mae_clip.load(args.checkpoint, device)
+    model, tokenizer, _ = mae_clip.load(args.checkpoint, scoring_device(args.device))
     return model, tokenizer
 
 
