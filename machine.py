@@ -76,11 +76,15 @@ class Signals:
     A signal that has come before ends the program at once."""
 
     def __init__(self):
-        self.came = 0
         self.seen = set()
         self.waiting = False
         self.alone = ranks()[1] == 1  # several processes stop together, at the same step
         self.previous = {}
+
+    @property
+    def came(self):
+        """The largest number of the signals that came, 0 where none did."""
+        return max(self.seen, default=0)
 
     def __enter__(self):
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
@@ -102,7 +106,6 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.seen.add(number)
-        self.came = max(self.seen)
         if self.waiting:
             raise Interrupted
 
