@@ -41,6 +41,7 @@ from data import DataError
 from eval import format_table, open_sets, say
 from machine import lock_file
 from pictures import Drawing, ticks
+from scenes import builtin
 
 AXES = ("arm", "samples", "pool", "seed")  # what tells the runs of a table apart
 # Settings in which the runs of a table may differ beside the axes: at most rounding hangs on them.
@@ -476,7 +477,7 @@ def run(argv):
     missing = [key for key in wanted if key not in rows]
     say(f"{len(wanted)} runs, {len(missing)} of them still to be made, {args.jobs} at a time")
     if missing and not config.data:
-        data.builtin(config.scenes, config.data_seed)  # lest each run draws them
+        builtin(config.scenes, config.data_seed)  # lest each run draws them
     failed = runner.run_all(missing, rows)
     write_rows(out / "experiment.csv", rows)
     table = make_table(rows, args.method, "markdown")

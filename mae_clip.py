@@ -846,7 +846,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import DataError, Loader, Tokenizer, builtin, one_line, simclr_view
+from data import DataError, Loader, Tokenizer, one_line, simclr_view
 from machine import (
     Interrupted,
     Signals,
@@ -858,6 +858,7 @@ from machine import (
     ranks,
     save_whole,
 )
+from scenes import builtin
 
 # The values that some settings may have.
 CHOICES = {

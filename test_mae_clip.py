@@ -47,6 +47,7 @@ import experiment
 import machine
 import mae_clip
 import pictures
+import scenes
 import weights
 from data import DataError, Tokenizer
 from eval import fit_linear, retrieval, zero_shot
@@ -3003,7 +3004,7 @@ def test_inspect_reports_and_its_exit_code_says_whether_something_is_wrong(tmp_p
 
 
 def test_every_command_explains_itself():
-    for name in data.COMMANDS:
+    for name in ("pack", "inspect", "tokenizer", "draw"):
         code, said, _ = command(name, "--help")
         assert code == 0 and f"usage: data.py {name}" in said
     assert "default: 1000" in command("pack", "--help")[1]
@@ -3029,12 +3030,12 @@ def test_worker_processes_end_with_their_parent_even_if_that_is_killed(tmp_path)
 # --- Data: built-in scenes ------------------------------------------------------------------------
 def test_the_built_in_scenes_are_the_same_for_a_seed_and_hide_the_unseen_classes(tmp_path):
     for out in ("a", "b"):
-        data.draw(tmp_path / out, 40, seed=3)
+        scenes.draw(tmp_path / out, 40, seed=3)
     shards = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.tar"))
     assert len(shards) == 4 + 1 + 2 * 4
     for shard in shards:
         assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
-    unseen = [data.CLASSES[n] for n in data.unseen(3)]
+    unseen = [scenes.CLASSES[n] for n in scenes.unseen(3)]
     assert len(unseen) == 8 and len({name.split()[0] for name in unseen}) == 8
     texts = list(loader_of(str(tmp_path / "a")).texts())
     assert len(texts) == 40 and not any(name in text for name in unseen for text in texts)
@@ -3937,7 +3938,7 @@ def stopped(stopped_run, tmp_path):
 
 def test_a_run_is_not_resumed_on_other_data(stopped):
     flags, _ = stopped
-    other = f"{data.builtin(400, 5)}/train-*.tar"
+    other = f"{scenes.builtin(400, 5)}/train-*.tar"
     done = run(*flags, "--resume", "--data", other, code=2)
     assert "not the samples that" in said_in_one_line(done)
 
@@ -4470,8 +4471,8 @@ def test_the_picture_of_patches_and_words_in_the_walkthrough_can_be_drawn(
 ):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mae_clip-small").symlink_to(trained["mae_clip"].parent)
-    scenes = data.builtin(400, 0)
-    monkeypatch.setattr(data, "builtin", lambda count, seed: scenes)
+    folder = scenes.builtin(400, 0)
+    monkeypatch.setattr(scenes, "builtin", lambda count, seed: folder)
     monkeypatch.chdir(tmp_path)
     (text,) = [block for block in blocks("docs/walkthrough.md", "python") if "patches.png" in block]
     exec(text, {})

@@ -1,0 +1,288 @@
+"""Makes shards of photographs, and looks into shards: the commands of data.py.
+
+    python data.py pack captions.csv FOLDER    makes shards of photographs
+    python data.py inspect FOLDER              says what is in shards, and what is wrong with them
+    python data.py tokenizer FOLDER FILE       learns a tokenizer that runs can share
+    python data.py draw FOLDER                 draws the built-in scenes
+
+data.py's docstring says what a shard and a source of shards are.
+"""
+
+import argparse
+import csv
+import glob
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tarfile
+from collections import Counter
+from contextlib import suppress
+from inspect import signature
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import ImageOps
+from tqdm import tqdm
+
+from data import (
+    IMAGE_FIELDS,
+    DataError,
+    Loader,
+    Tokenizer,
+    as_bytes,
+    captions,
+    decode,
+    in_parallel,
+    one_line,
+    read_samples,
+)
+
+# --- Making shards --------------------------------------------------------------------------------
+PATH_NAMES = {"path", "filepath", "image", "file_name"}  # of columns
+TEXT_NAME = re.compile(r"(caption|text|title)s?[_ ]?\d*")  # caption, caption_1, caption_2
+PACK_TEMPLATE = "a photo of a {c}"  # the caption of a class
+
+
+def as_jpeg(image):
+    """PIL image -> JPEG bytes, of colours at full size."""
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=92, subsampling=0)
+    return out.getvalue()
+
+
+def write_shard(job):
+    """Writes a tar; job: path, a function that yields samples (key, {field: str or bytes}), its
+    arguments -> how many it yielded."""
+    path, function, *arguments = job
+    count = 0
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, fields in function(*arguments):
+            count += 1
+            for field, content in fields.items():
+                content = as_bytes(content)
+                info = tarfile.TarInfo(f"{key}.{field}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return count
+
+
+def build(folder, texts, jobs):
+    """Makes a new folder of texts {path: lines} and, in their folders, of the shards of
+    write_shard's jobs; it takes its name when it is whole -> number of samples."""
+    folder = Path(folder)
+    part = Path(f"{folder}.{os.getpid()}.part")
+    if folder.exists():
+        raise DataError(f"{folder}: exists already; give a new folder")
+    try:
+        for path, lines in texts.items():
+            file = part / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("\n".join(lines), encoding="utf-8")
+        count = sum(in_parallel(write_shard, [(part / path, *job) for path, *job in jobs]))
+        if not count:
+            raise DataError(f"{folder}: not made, since not one image could be read")
+        part.rename(folder)
+        return count
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def described(classes, templates, shards, where=""):
+    """The texts of a folder in CLIP_benchmark's layout; shards: {split: how many}."""
+    texts = {f"{where}{split}/nshards.txt": [str(count)] for split, count in shards.items()}
+    if classes:
+        texts[f"{where}classnames.txt"] = classes
+        texts[f"{where}zeroshot_classification_templates.txt"] = templates
+    return texts
+
+
+def read_table(source):
+    """A csv or tsv of paths and captions -> (path, fields) of photos, each once however its path is
+    written. A first row with the name of a path's column is a header; without one the first two
+    columns count."""
+    style = {"strict": True}
+    if source.suffix == ".tsv":  # there quotes are part of the text
+        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    try:
+        with source.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, **style)
+            rows = [row for row in reader if row]
+    except (csv.Error, UnicodeError) as error:
+        raise DataError(
+            f"{source}: no csv in UTF-8, read up to line {reader.line_num}: {error}"
+        ) from None
+    header = [name.strip().lower() for name in rows[0]] if rows else []
+    if PATH_NAMES.intersection(header):
+        del rows[0]
+    else:
+        header = ["path", "caption"]
+    print(
+        f"columns: {header}; captions are those named caption, text or title, with a number or "
+        f"without; a header, if there is one, names the paths {' or '.join(sorted(PATH_NAMES))}; "
+        "all other columns are ignored"
+    )
+    photos = {}
+    for row in rows:
+        cells = list(zip(header, row, strict=False))
+        name = next((cell for column, cell in cells if column in PATH_NAMES), "")
+        path = source.parent / name
+        _, fields = photos.setdefault(os.path.realpath(path), (path, {"txt": ""}))
+        for column, cell in cells:
+            if TEXT_NAME.fullmatch(column):
+                fields["txt"] += " ".join(cell.split()) + "\n"
+    return list(photos.values())
+
+
+def read_folder(folder):
+    """A folder of class folders, or else of photos -> (path, fields) of photos, names of the
+    classes."""
+    files = sorted(Path(name) for name in glob.glob("**/*.*", root_dir=folder, recursive=True))
+    images = [file for file in files if file.suffix[1:].lower() in IMAGE_FIELDS]
+    inside = [file for file in images if len(file.parts) > 1]
+    classes = sorted({file.parts[0] for file in inside})
+    used = inside or images
+    photos = []
+    for file in used:
+        fields = {"txt": ""}
+        if inside:
+            name = file.parts[0]
+            fields = {"cls": str(classes.index(name)), "txt": PACK_TEMPLATE.replace("{c}", name)}
+        photos.append((folder / file, fields))
+    print(
+        f"passed over, as their names do not end in {IMAGE_FIELDS}, or they lie beside the class "
+        f"folders: {dict(Counter(file.suffix for file in sorted(set(files).difference(used))))}"
+    )
+    return photos, classes
+
+
+def packed(first, photos, size):
+    """Yields the samples of photos, (path, fields) each, of which `first` is the first's number;
+    says which it leaves out."""
+    for number, (path, fields) in enumerate(photos, first):
+        try:
+            content = path.read_bytes()
+            kind = path.suffix[1:].lower()
+            image = decode(content)
+        except (DataError, OSError) as error:
+            tqdm.write(f"left out: {path}: {error}", file=sys.stderr)
+            continue
+        if 0 < size < min(image.size):
+            image = ImageOps.cover(image, (size, size))
+            kind = ""  # to be encoded anew
+        if kind not in IMAGE_FIELDS:
+            content = as_jpeg(image)
+            kind = "jpeg"
+        origin = json.dumps({"path": str(path)})
+        yield f"{number:08d}", {kind: content, "json": origin} | fields
+
+
+def pack(source, folder, size=0, test=0.0, shard=1000):
+    """Makes shards FOLDER/train/*.tar of photographs, and FOLDER/test/*.tar.
+
+    source       csv or tsv of paths and captions, with columns path and caption or without header;
+                 or a folder of class folders, which become labels, in CLIP_benchmark's layout, and
+                 captions; or a folder of photos, without captions
+    folder       new folder for the shards
+    --size       short side in pixels to which larger photos shrink; 0: they stay as they are
+    --test       share of the photos for the test split, drawn by chance, from 0 to below 1
+    --shard      samples a shard
+    """
+    source = Path(source)
+    if not 0 <= test < 1 or shard < 1 or size < 0:
+        raise DataError(
+            f"--test {test}: must be a share from 0 to below 1, such as 0.1; --shard {shard}: must "
+            f"be 1 or more; --size {size}: must be 0 or more"
+        )
+    classes = []
+    if source.is_dir():
+        photos, classes = read_folder(source)
+    else:
+        photos = read_table(source)
+    if not photos:
+        raise DataError(f"{source}: holds no photos, neither in class folders nor in a table")
+    order = np.random.default_rng(0).permutation(len(photos)).tolist()
+    by_class = sorted(order, key=lambda n: photos[n][1].get("cls", ""))
+    # At even distances in that list: so each class gives its share, drawn by chance.
+    tested = {by_class[int(n / test)] for n in range(int(test * len(photos)))}
+    jobs = []
+    shards = {}  # of each split
+    for split in ("test", "train"):
+        part = [photos[n] for n in order if (n in tested) == (split == "test")]
+        for first in range(0, len(part), shard):
+            path = f"{split}/{first // shard}.tar"
+            jobs.append((path, packed, first, part[first : first + shard], size))
+            shards[split] = first // shard + 1
+    written = build(folder, described(classes, [PACK_TEMPLATE], shards), jobs)
+    print(f"{folder}: {written} samples in {len(jobs)} shards; {len(photos) - written} left out")
+    print(
+        "next, with --method mae where photos have no captions, and a --batch-size of no more than "
+        f"there are photos:\npython mae_clip.py --data {folder!r} --out {folder + '-run'!r}"
+        f"{' --eval-data ' + repr(folder) if test else ''}"
+    )
+
+
+def inspect(source):
+    """Says what is in local shards and what is wrong with them, as training would find it.
+
+    source       shards: paths, globs, {000..123}, folders, joined by ::
+
+    Exit code 1: something is wrong with some samples; 2: with most of them.
+    """
+    first = list(islice(read_samples(source), 5))
+    labelled = any("cls" in sample for sample in first)  # then samples need no caption
+    loader = Loader(source, 1, 1, None, 3, captions=not labelled)
+    print(f"{loader.about()}; {loader.report()}")
+    for sample in first:
+        words = captions(sample)
+        with suppress(LookupError, ValueError, OSError):  # no class, or no name of it
+            names = Path(loader.reader.shards[0]).parents[1] / "classnames.txt"
+            words = words or names.read_text("utf-8-sig").split("\n")[int(sample["cls"])]
+        print(f"{sample['__key__']}: fields {list(sample)}, captions or class {words}")
+    return 1 if loader.bad else 0
+
+
+# --- Command line ---------------------------------------------------------------------------------
+def learn_tokenizer(source, file, vocab_size=32_768):
+    """Learns a tokenizer from the captions of shards.
+
+    source       shards: paths, globs, {000..123}, folders, pipe:COMMAND, joined by ::
+    file         file to write, for mae_clip.py --tokenizer
+    --vocab-size ids at most
+    """
+    texts = tqdm(Loader(source, 1, 1, None, 3).texts())
+    Path(file).write_text(json.dumps(Tokenizer.train(texts, vocab_size).merges))
+
+
+def main(argv=None):
+    """Runs a command, whose flags are its function's parameters; bad input: one line and exit code
+    2."""
+    from scenes import draw  # here, as scenes.py builds on this file
+
+    functions = {"pack": pack, "inspect": inspect, "tokenizer": learn_tokenizer, "draw": draw}
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("data.py", description=__doc__, formatter_class=layout)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, function in functions.items():
+        command = commands.add_parser(name, description=function.__doc__, formatter_class=layout)
+        for argument, parameter in signature(function).parameters.items():
+            value = parameter.default
+            if value is parameter.empty:
+                command.add_argument(argument)
+            else:
+                flag = f"--{argument.replace('_', '-')}"
+                command.add_argument(
+                    flag, default=value, type=type(value), help=f"default: {value}"
+                )
+    given = vars(parser.parse_args(argv))
+    function = functions[given.pop("command")]
+    try:
+        sys.exit(function(**given))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"data.py: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
