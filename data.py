@@ -19,12 +19,13 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections import Counter, defaultdict, namedtuple
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -58,11 +59,11 @@ def be_quiet(worker):
 
 
 def in_parallel(function, jobs):
-    """function(job) of each job, in order, by worker processes, with a progress bar -> list. A
+    """Yields function(job) of each job, in order, by worker processes, with a progress bar. A
     DataLoader's workers end with their parent, however that ends."""
     count = min(len(jobs), os.cpu_count())
     results = DataLoader(jobs, None, num_workers=count, collate_fn=function)
-    return list(tqdm(results, leave=False, disable=None))
+    yield from tqdm(results, leave=False, disable=None)
 
 
 # --- Reading shards -------------------------------------------------------------------------------
@@ -71,11 +72,26 @@ LINE_BREAK = re.compile(r"\r?\n")
 LEFT_OUT = re.compile(r"^__[^/]*__($|/)|(^|/)\._")  # webdataset's __meta__, and what macOS adds
 
 
+def parts_of(source):
+    """A source -> the paths and commands that are joined in it."""
+    source = source.strip()
+    if os.path.exists(source):  # a path may hold `::`
+        return [source]
+    paths, *commands = re.split("(?:^|::)pipe:", source)
+    parts = [path for path in paths.split("::") if path or not commands]
+    return parts + [f"pipe:{command}" for command in commands]
+
+
+def public(source):
+    """A source without what may be secret: commands are replaced by the names that they show."""
+    return "::".join(shown(part) if part.startswith("pipe:") else part for part in parts_of(source))
+
+
 def expand(source):
-    """A source, or a list of them, as the list of its shards; DataError where one has none."""
-    parts = source.split("::") if isinstance(source, str) else source
+    """A source, or a list of them, as the list of its shards; DataError where one has none. What
+    follows pipe: is a command up to the next `::pipe:`, as `::` may be part of it."""
     shards = []
-    for part in parts:
+    for part in parts_of(source) if isinstance(source, str) else source:
         found = []
         numbers = re.search(r"\{(\d+)\.\.(\d+)\}", part)
         if numbers:
@@ -103,16 +119,52 @@ def shown(shard):
     return tars[-1] if tars else "a command"
 
 
+PAUSES = (1, 5, 20)  # seconds before a command that failed is tried again
+# A command, and beside it what ends it and all that it started once stdin is closed: so nothing is
+# left of it when the program that reads it has ended, however that ended.
+GUARDED = """exec 3<&0 </dev/null
+(read _; kill -9 0) <&3 >/dev/null 2>&1 &
+guard=$!
+exec 3<&-
+(
+{}
+)
+code=$?
+kill -9 $guard
+wait $guard
+exit $code"""
+
+
+def sent_by(command):
+    """A command -> its exit code, and all that it sent."""
+    script = command if os.name == "nt" else GUARDED.format(command)
+    with subprocess.Popen(
+        script,
+        shell=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        content = process.stdout.read()
+        return process.wait(), content
+
+
 def opened(shard):
-    """A shard as a file; of a command all that it sends, or DataError if it fails. How long it may
-    take is the command's own affair (curl --max-time)."""
+    """A shard as a file; of a command all that it sends. A command that fails is tried again, then
+    DataError. How long it may take is its own affair (curl --max-time)."""
     if not shard.startswith("pipe:"):
         return open(shard, "rb")
     command = shard.removeprefix("pipe:")
-    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    if done.returncode:
-        raise DataError(f"{shown(shard)}: its command ended with exit code {done.returncode}")
-    return io.BytesIO(done.stdout)
+    for pause in (*PAUSES, None):
+        code, content = sent_by(command)
+        if code == 0:
+            return io.BytesIO(content)
+        failure = f"{shown(shard)}: its command ended with exit code {code}"
+        if pause is None or code in (126, 127):  # no such command
+            raise DataError(failure)
+        tqdm.write(f"{failure}; tried again in {pause} s", file=sys.stderr)
+        time.sleep(pause)
 
 
 def grouped(file):
@@ -123,12 +175,13 @@ def grouped(file):
     key = ""
     sample = {}
     cause = "tar without samples"
+    end = file.seek(0, os.SEEK_END)
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 tar.members = []  # where tarfile would keep them all
-                if not 0 <= info.size < 1 << 40 or info.issparse():
+                if not 0 <= info.size <= end - info.offset_data or info.issparse():
                     raise tarfile.ReadError
                 name = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", info.name)
                 if not info.isreg() or not name or LEFT_OUT.search(info.name):
@@ -461,85 +514,123 @@ def index(file, shard, captioned):
                 keys.append(key)
                 rows.append(row)
             except DataError as error:
-                bad.append((f"{shown(shard)} {key}", str(error)))
+                bad.append((f"{shown(shard)} {key} ({', '.join(places)})", str(error)))
     except DataError as error:
         bad.append((shown(shard), str(error)))
     return keys, rows, bad
 
 
+def lock(file):
+    """Waits until this process alone has the file, up to its closing; nothing on Windows."""
+    with suppress(ImportError, OSError):
+        from fcntl import LOCK_EX, flock
+
+        flock(file, LOCK_EX)
+
+
+def cached(path, function):
+    """What the function gives, kept as JSON at that path of the cache folder. Of several processes
+    one makes it while the others wait; a cache that cannot be written costs time only."""
+    path = cache_folder() / path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b", buffering=0)
+    except OSError:
+        return function()
+    with file:
+        lock(file)
+        file.seek(0)
+        with suppress(ValueError):  # new, or left by a process that was killed
+            return json.loads(file.read())
+        found = function()
+        with suppress(OSError):
+            file.truncate(0)
+            file.write(json.dumps(found).encode())
+    return found
+
+
 def index_shard(job):
-    """The index of a local shard, kept in the cache folder; job: its path, captioned."""
+    """The index of a local shard, as arrays; job: its path, captioned -> its keys, joined; their
+    lengths; rows; what is of no use."""
     path, captioned = job
     about = os.stat(path)
     # Inode and time of change tell a shard that was rewritten with equal size and date.
     times = f"{about.st_mtime_ns} {about.st_ctime_ns} {about.st_ino}"
     state = f"6 {os.path.abspath(path)} {about.st_size} {times} {captioned}"
     name = hashlib.sha256(os.fsencode(state)).hexdigest()
-    cache = cache_folder() / "index" / f"{name[:32]}.json"
-    with suppress(OSError, ValueError):
-        return json.loads(cache.read_text())
     with open(path, "rb") as file:
-        found = index(file, path, captioned)
-    with suppress(OSError):  # a cache that cannot be written costs time only
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        cache.write_text(json.dumps(found))
-    return found
+        keys, rows, bad = cached(f"index/{name[:32]}.json", lambda: index(file, path, captioned))
+    keys = [as_bytes(key) for key in keys]
+    lengths = np.array([len(key) for key in keys], dtype=np.int64)
+    rows = np.array(rows, dtype=np.int64).reshape(-1, len(INDEXED), 2)
+    return b"".join(keys), lengths, rows, bad
 
 
 # --- Loader ---------------------------------------------------------------------------------------
+TOKENIZED = 200_000  # samples from which the tokenizer is learned
 Batch = namedtuple("Batch", "images tokens keys")  # of a rank: uint8 (B,3,S,S), int64 (B,T), names
 
 
 class LocalShards:
     """The samples of a Loader's local shards. Every readable one (with `samples`, every chosen one)
     comes once an epoch over all ranks and workers, but for the last `count mod global batch` of the
-    epoch's order, which is a pure function of (seed, epoch). Where an image fails to decode,
-    another of its batch comes again."""
+    epoch's order, which is a pure function of (seed, epoch). Memory is about 80 bytes a sample, in
+    arrays: a list of Python objects would be copied page by page into each worker, as reading one
+    changes its count of references."""
 
     def __init__(self, loader, shards):
         self.loader = loader
         self.shards = shards
-        self.keys = []
-        self.bad = []  # (name, cause) of what is of no use
-        shard_of = []
-        rows = []
-        found = in_parallel(index_shard, [(shard, loader.captions) for shard in shards])
-        for n, (keys, places, bad) in enumerate(found):
-            self.keys += keys
-            self.bad += bad
-            shard_of += [n] * len(keys)
-            rows += places
-        self.shard_of = np.array(shard_of)
-        self.rows = np.array(rows)  # (samples, fields, 2)
-        self.chosen = np.arange(len(rows))
+        indexes = list(in_parallel(index_shard, [(shard, loader.captions) for shard in shards]))
+        keys, lengths, rows, bad = zip(*indexes, strict=True)
+        self.bad = sum(bad, [])  # (name, cause) of what is of no use
+        self.keys = b"".join(keys)
+        self.ends = np.concatenate([[0], *lengths]).cumsum()  # of each key, after a zero
+        self.rows = np.concatenate(rows)  # (samples, fields, 2)
+        counts = [len(each) for each in rows]
+        self.shard_of = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
+        self.chosen = np.arange(len(self.rows), dtype=np.int32)
         if loader.samples:  # the first ones of an order that is always the same: sets are nested
-            self.chosen = np.random.default_rng(0).permutation(len(rows))[: loader.samples]
+            self.chosen = np.random.default_rng(0).permutation(self.chosen)[: loader.samples]
         self.epoch_size = len(self.chosen) // (loader.batch_size * loader.world)  # steps
         self.identity = {
             "sizes": [os.path.getsize(shard) for shard in shards],
-            "keys": hashlib.sha256(ascii(self.keys).encode()).hexdigest(),
+            "keys": hashlib.sha256(self.ends.tobytes() + self.keys).hexdigest(),
         }
 
     def sample(self, n):
         """Sample n of the index, raw."""
+        key = self.keys[self.ends[n] : self.ends[n + 1]].decode("utf-8", "surrogatepass")
         with open(self.shards[self.shard_of[n]], "rb") as file:
-            return loaded(file, self.keys[n], INDEXED, self.rows[n].tolist())
+            return loaded(file, key, INDEXED, self.rows[n].tolist())
+
+    def drawn(self, n, epoch):
+        """Sample n of the index -> raw, the seed of its chance, its name."""
+        sample = self.sample(n)
+        name = f"{shown(self.shards[self.shard_of[n]])} {sample['__key__']}"
+        return sample, [self.loader.seed, epoch, n], name
+
+    def others(self, seed):
+        """Yields a hundred samples, as `drawn` gives them, for a batch of which nothing decodes;
+        seed: of one of that batch."""
+        rng = np.random.default_rng(seed)
+        for n in rng.choice(self.chosen, 100).tolist():
+            yield self.drawn(n, seed[1])
 
     def read(self, steps):
-        """Yields for each step, which count on from epoch to epoch, its list of (raw sample, seed
-        of its chance); what failed, here nothing; the position, here 0."""
+        """Yields for each step, which count on from epoch to epoch, its list of what `drawn` gives;
+        what failed, here nothing; the position, here 0."""
         loader = self.loader
         known = None  # the epoch whose order this is
         for step in steps:
             epoch, number = divmod(step, self.epoch_size)
             if epoch != known:
-                shuffle = np.random.default_rng([loader.seed, epoch]).permutation(len(self.chosen))
-                order = self.chosen[shuffle]
+                order = np.random.default_rng([loader.seed, epoch]).permutation(self.chosen)
                 known = epoch
             # The batch of all ranks is cut into consecutive parts, one a rank.
             first = (number * loader.world + loader.rank) * loader.batch_size
             numbers = order[first : first + loader.batch_size].tolist()
-            yield [(self.sample(n), [loader.seed, epoch, n]) for n in numbers], [], 0
+            yield [self.drawn(n, epoch) for n in numbers], [], 0
 
 
 class Stream:
@@ -552,10 +643,15 @@ class Stream:
         self.epoch_size = len(shards)
         self.identity = {"shards": [shown(shard) for shard in shards]}
 
+    def others(self, seed):
+        """None: of a batch of which nothing decodes the next one takes the place."""
+        return ()
+
     def read(self, numbers):
         """Yields the samples of the shards with these numbers, in lists of a batch, and after each
-        shard an empty list: (raw sample, seed of its chance); (name, cause) of what failed; the
-        number of the next shard. What is too little for a batch waits for the next shard."""
+        shard an empty list: (raw sample, seed of its chance, name) each; (name, cause) of what
+        failed; the number of the next shard. What is too little for a batch waits for the next
+        shard."""
         loader = self.loader
         count = len(self.shards)
         samples = []
@@ -570,7 +666,8 @@ class Stream:
                 keys, rows, bad = index(file, shard, loader.captions)
                 for n in rng.permutation(len(keys)).tolist():
                     chance = [loader.seed, number, loader.rank, n]
-                    samples.append((loaded(file, keys[n], INDEXED, rows[n]), chance))
+                    sample = loaded(file, keys[n], INDEXED, rows[n])
+                    samples.append((sample, chance, f"{shown(shard)} {keys[n]}"))
                     if len(samples) == loader.batch_size:
                         yield samples, [], number + 1
                         samples = []
@@ -618,8 +715,8 @@ class Loader:
     def __post_init__(self):
         self.position = 0
         self.bad = Counter()
+        self.counted = set()  # the names of these
         self.decoded = {}  # image bytes -> (3,S,S)
-        self.room = 1 << 28  # bytes for it, in each process that decodes
         shards = expand(self.source)
         self.stream = self.resample or any(shard.startswith("pipe:") for shard in shards)
         if self.stream:
@@ -629,9 +726,9 @@ class Loader:
         else:
             self.reader = LocalShards(self, shards)
             self.count(self.reader.bad)
-            found = len(self.reader.keys)
+            found = len(self.reader.rows)
             if not self.reader.epoch_size or found < max(self.samples, len(self.reader.bad)):
-                fields = list(next(read_samples(shards[0]), {}))
+                fields = list(next(read_samples(shards[0]), {}))[1:]
                 raise DataError(
                     f"{self.source}: {found} usable samples, a batch is "
                     f"{self.batch_size * self.world}, --samples {self.samples}; {self.report()}; "
@@ -640,6 +737,10 @@ class Loader:
                     "`data.py pack` makes captions of class names"
                 )
         self.identity = self.reader.identity
+        # Images of at most 256 MiB stay decoded, in each process that decodes, so that later epochs
+        # need not do it again. More than that would fill a worker's memory for little.
+        size = 0 if self.stream else len(self.reader.chosen) * 3 * self.image_size**2
+        self.keeps = 0 < size <= 1 << 28
 
     def __len__(self):
         """Batches an epoch, the same on every rank."""
@@ -674,8 +775,11 @@ class Loader:
         return words
 
     def count(self, failed):
-        """Counts what failed, (name, cause) each, and logs the first few."""
+        """Counts what failed, (name, cause) each, once, and logs the first few."""
         for name, cause in failed:
+            if name in self.counted:  # in an epoch before
+                continue
+            self.counted.add(name)
             self.bad[cause] += 1
             if self.bad.total() <= 5:
                 tqdm.write(f"skipped: {name!a}: {cause}", file=sys.stderr)
@@ -686,11 +790,14 @@ class Loader:
         return f"skipped: {', '.join(causes) or 'nothing'}"
 
     def texts(self):
-        """Yields captions for the tokenizer: all, or those of a stream's first 200,000 samples."""
+        """Yields captions for the tokenizer: of local shards those of 200,000 samples at even
+        distances, or of all; of a stream those of the first so many."""
         if self.stream:
-            samples = islice(read_samples(self.reader.shards), 200_000)
+            samples = islice(read_samples(self.reader.shards), TOKENIZED)
         else:
-            samples = (self.reader.sample(n) for n in self.reader.chosen)
+            count = len(self.reader.chosen)
+            places = np.linspace(0, count - 1, min(count, TOKENIZED)).astype(int)
+            samples = map(self.reader.sample, self.reader.chosen[places])
         for sample in samples:
             yield from captions(sample)
 
@@ -701,30 +808,29 @@ class Loader:
         if content in self.decoded:
             return self.decoded[content]
         image = preprocess(decode(content), self.image_size)
-        # Images stay decoded while there is room, so that later epochs need not do it again.
-        self.room -= image.numel() + len(content)
-        if self.room > 0:
+        if self.keeps:
             self.decoded[content] = image
         return image
 
     def make_batch(self, samples, failed):
-        """(raw sample, seed of its chance) each -> Batch, or None of no samples. One that does not
-        decode is added to failed, (name, cause), and another of the batch takes its slot."""
+        """(raw sample, seed of its chance, name) each -> Batch, or None of no samples. One that
+        does not decode is added to failed, (name, cause), and another takes its slot: of this batch
+        or, if none of it decodes, of the others."""
         made = []  # (key, caption, image)
-        for sample, seed in samples:
-            key = sample["__key__"]
+        others = self.reader.others(samples[0][1]) if samples else ()
+        for number, (sample, seed, name) in enumerate(chain(samples, others)):
+            if made and number >= len(samples):
+                break
             rng = np.random.default_rng(seed)
             texts = captions(sample) if self.captions else [""]
             try:
                 # The crop comes first: it is the same whether captions are drawn or not.
                 image = self.make_image(sample["jpg"], rng)
-                made.append((key, texts[rng.integers(len(texts))], image))
+                made.append((sample["__key__"], texts[rng.integers(len(texts))], image))
             except ValueError as error:
-                failed.append((key, str(error)))
-        if not samples:
-            return None
+                failed.append((name, str(error)))
         if not made:
-            raise DataError(f"no image of a whole batch decodes: {failed[-1][1]}")
+            return None
         made = [made[n % len(made)] for n in range(self.batch_size)]
         keys, texts, images = zip(*made, strict=True)
         tokens = (self.tokenizer or Tokenizer([])).batch(texts, self.context)
@@ -748,7 +854,7 @@ class Loader:
             self.position = max(self.position, position)
             self.count(failed)
             lost += len(failed)
-            if lost > max(100, seen):
+            if lost > max(99, seen):
                 raise DataError(f"most samples are of no use; {self.report()}")
             if batch:
                 seen += self.batch_size

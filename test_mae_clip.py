@@ -2368,6 +2368,13 @@ def test_a_source_names_shards_by_paths_globs_and_numbers(tmp_path):
     for wrong in (f"{tmp_path}/b-*.tar", f"{tmp_path}/a/{{11..12}}.tar", ""):
         with pytest.raises(data.DataError, match="no such shard"):
             data.expand(wrong)
+    # `::` may be part of a command, as of IPv6, or of a path.
+    sources = f" {shards[0]}::pipe:curl http://[2001::1]/a.tar?key=secret::pipe: cat b"
+    commands = ["pipe:curl http://[2001::1]/a.tar?key=secret", "pipe: cat b"]
+    assert data.expand(sources) == [shards[0], *commands]
+    assert data.public(sources) == f"{shards[0]}::a.tar::a command"
+    (odd,) = shards_of(tmp_path / "x::y", [1])
+    assert data.expand(odd) == [odd] and data.public(odd) == odd
 
 
 def test_a_folder_is_a_source_of_its_training_shards_whatever_its_name_holds(tmp_path):
@@ -2566,7 +2573,91 @@ def test_damaged_samples_are_skipped_logged_and_counted_by_cause(tmp_path, capsy
         assert set(keys_of(loader.epoch(0))) <= {f"good{n}" for n in range(9)}
         assert loader.bad == causes
         assert "1 x no caption" in loader.report()
-        assert "skipped: 'x.tar cut': image does not decode" in capsys.readouterr().err
+        assert "skipped: 'x.tar cut (jpg, txt)': image does not decode" in capsys.readouterr().err
+
+
+def test_a_batch_of_which_nothing_decodes_takes_others_in_its_place(tmp_path):
+    files = samples_of(12)
+    damaged = bytearray(picture(kind="PNG"))
+    damaged[500:540] = bytes(40)  # its header and its end look whole
+    for n in range(0, len(files), 4):  # of every second sample
+        files[n] = (files[n][0], bytes(damaged))
+    path = tar_of(tmp_path / "x.tar", files)
+    for workers in (0, 2):
+        loader = loader_of(path, 1, workers=workers)
+        keys = keys_of(itertools.chain(loader.epoch(0), loader.epoch(1)))
+        assert len(keys) == 24
+        assert set(keys) == {name.split(".")[0] for name, _ in files[2::4]}
+        # Each is counted once, in however many epochs it fails.
+        assert loader.bad == {"image does not decode": 6}
+    everything = tar_of(tmp_path / "y.tar", [*files[:2], *files[4:6]])
+    with pytest.raises(DataError, match="most samples are of no use"):
+        list(loader_of(everything, 1).epoch(0))
+    # A stream has no number of batches to keep: it leaves such a batch out.
+    loader = loader_of(f"pipe:cat {path}", 1)
+    assert len(keys_of(loader.epoch(0))) == 6
+
+
+def test_a_header_that_announces_more_than_the_file_holds_ends_the_tar(tmp_path, capsys):
+    path = tmp_path / "x.tar"
+    tar_of(path, samples_of(3))
+    content = path.read_bytes()
+    info = tarfile.TarInfo("huge.jpg")
+    info.size = 1 << 39
+    end = max(n for n in range(0, len(content), 512) if content[n : n + 512].strip(b"\0")) + 512
+    path.write_bytes(content[:end] + info.tobuf() + bytes(1024))
+    assert len(list(data.read_samples(str(path)))) == 2  # the third may lack a member
+    assert "x.tar: tar breaks off" in capsys.readouterr().err
+    loader = loader_of(str(path), 2)
+    assert len(loader) == 1 and sum(loader.bad.values()) == 1
+
+
+def test_processes_share_the_work_of_an_index(tmp_path):
+    shards = shards_of(tmp_path / "s", [3, 4])
+    code = (
+        "import data, sys, time\n"
+        "index = data.index\n"
+        "def slow(file, shard, captioned):\n"
+        "    open(sys.argv[1], 'a').write(shard + '\\n')\n"
+        "    time.sleep(0.5)\n"
+        "    return index(file, shard, captioned)\n"
+        "data.index = slow\n"
+        "loader = data.Loader(sys.argv[2:], 2, 8, data.Tokenizer([]), 16)\n"
+        "print(len(loader), loader.identity)\n"
+    )
+    (tmp_path / "use.py").write_text(code)
+    (tmp_path / "data.py").write_text(Path(data.__file__).read_text())
+    made = tmp_path / "made"
+    command = [sys.executable, tmp_path / "use.py", made, *shards]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = {process.communicate()[0] for process in started}
+    assert len(said) == 1 and said.pop().startswith("3 ")
+    assert sorted(made.read_text().split()) == sorted(shards)
+    # What a killed process left is made anew; a cache that cannot be written costs time only.
+    for cache in (tmp_path / "cache").rglob("*.json"):
+        cache.write_text('[["0"')
+    assert python(tmp_path / "use.py", made, *shards).returncode == 0
+
+
+def test_an_index_takes_at_most_a_hundred_bytes_a_sample(tmp_path):
+    reader = loader_of(shards_of(tmp_path / "s", [300, 200])).reader
+    parts = (reader.rows, reader.ends, reader.shard_of, reader.chosen)
+    assert sum(part.nbytes for part in parts) + len(reader.keys) <= 100 * 500
+    # And all that is held besides does not grow with the samples.
+    others = [value for name, value in vars(reader).items() if name not in ("loader", "identity")]
+    assert all(len(value) <= 2 for value in others if isinstance(value, (list, dict, set)))
+
+
+def test_the_tokenizer_is_learned_from_a_fixed_part_of_many_samples(tmp_path, monkeypatch):
+    loader = loader_of(shards_of(tmp_path / "s", [6, 5]))
+    everything = list(loader.texts())
+    assert len(everything) == 11
+    monkeypatch.setattr(data, "TOKENIZED", 3)
+    assert list(loader.texts()) == [everything[0], everything[5], everything[10]]
 
 
 def test_an_image_that_pillow_decodes_is_used_whatever_follows_its_end(tmp_path):
@@ -2663,7 +2754,10 @@ def test_a_loader_says_how_many_captions_are_cut_and_what_would_hold_nearly_all(
     assert "cut" not in loader.about()
 
 
-def test_a_command_that_fails_stops_the_run_and_its_secrets_are_not_printed(tmp_path):
+def test_a_command_that_fails_stops_the_run_and_its_secrets_are_not_printed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(data, "PAUSES", ())
     path = shards_of(tmp_path / "s", [4])[0]
     for workers in (0, 1):
         secret = "token=abc http://me:word@host/x-000.tar?key=def"
@@ -2672,6 +2766,46 @@ def test_a_command_that_fails_stops_the_run_and_its_secrets_are_not_printed(tmp_
             list(loader_of(source, workers=workers).epoch(0))
         said = data.one_line(error.value)
         assert said.startswith("x-000.tar: ") and not re.search("abc|def|me:|word", said)
+
+
+def test_a_command_that_fails_is_tried_again_after_growing_pauses(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "PAUSES", (0.01, 0.02))
+    path = shards_of(tmp_path / "s", [4])[0]
+    tries = tmp_path / "tries"
+    for good, last in ((3, "no more"), (4, "exit code 9")):
+        tries.write_text("")
+        # Fails until it has been tried `good` times.
+        command = f"echo >> {tries}; [ $(wc -l < {tries}) -ge {good} ] || exit 9; cat {path}"
+        loader = loader_of(f"pipe:{command}", 4)
+        if good == 3:
+            assert len(keys_of(loader.epoch(0))) == 4
+        else:
+            with pytest.raises(DataError, match=last):
+                list(loader.epoch(0))
+        assert len(tries.read_text()) == 3
+        assert re.findall(r"exit code 9; tried again in (\S+) s", capsys.readouterr().err) == [
+            "0.01",
+            "0.02",
+        ]
+    with pytest.raises(DataError, match="exit code 127"):  # no such command: no other try
+        list(loader_of("pipe:no-such-command-here", 4).epoch(0))
+    assert "tried again" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="commands run without a guard there")
+def test_nothing_is_left_of_a_command_when_its_reader_has_been_killed(tmp_path):
+    # What holds this file open for writing is alive; its reader sees the end once none is.
+    os.mkfifo(tmp_path / "alive")
+    command = f"exec 9> {tmp_path}/alive; sleep 600 & sleep 601 | cat"
+    code = f"import data\ndata.opened('pipe:{command}')"
+    reader = subprocess.Popen([sys.executable, "-c", code], cwd=HERE)
+    with open(tmp_path / "alive") as alive:
+        reader.kill()
+        reader.wait()
+        assert alive.read() == ""
+    # Nor when it has ended by itself, or the command has; its exit code and its words are its own.
+    assert data.sent_by("printf 'a{}b'; exit 3") == (3, b"a{}b")
+    assert data.sent_by("cat; false | echo last") == (0, b"last\n")
 
 
 def test_a_stream_gives_each_shard_to_one_worker_and_goes_on_at_the_next(tmp_path):
