@@ -265,8 +265,8 @@ def whole_samples(source, labelled=False):
         found = label.isdigit() if labelled else captions(sample)
         if not image or not found:
             raise DataError(
-                f"{source}: {key}: in a test set each sample needs an image and a caption, in a "
-                f"labelled one a class index in KEY.cls; found the fields {list(sample)[1:]}"
+                f"{public(source)}: {key}: in a test set each sample needs an image and a caption, "
+                f"in a labelled one a class index in KEY.cls; found the fields {list(sample)[1:]}"
             )
         yield key, image, int(label) if labelled else found
 

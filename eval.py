@@ -302,6 +302,11 @@ class EvalSet:
     templates: tuple = ()
     unseen: tuple = ()
 
+    @property
+    def name(self):
+        """The source without what may be secret in a command."""
+        return data.public(self.source)
+
     def samples(self, split):
         """-> iterator of (key, image bytes, class or list of captions)."""
         if self.classes:
@@ -339,7 +344,7 @@ def open_folder(folder):
 def open_sets(sources, structured=False):
     """SETs joined by `::` -> list of EvalSets; the built-in data are 2, or 5 if `structured`."""
     sets = []
-    for source in filter(None, sources.split("::")):
+    for source in filter(None, data.parts_of(sources)):
         folder = Path(source)
         if (folder / "objects").is_dir():  # the built-in data
             names = ["objects", "count", "position", "relation"] if structured else ["objects"]
@@ -367,7 +372,7 @@ def check_sets(sources, whole=False):
     read = data.decode if whole else data.open_image
     for dataset in open_sets(sources):
         for key, content, target in dataset.samples("test"):
-            name = f"{dataset.source}: {key}"
+            name = f"{dataset.name}: {key}"
             named(read, name, content)
             if dataset.classes and target >= len(dataset.classes):
                 raise DataError(f"{name}: class {target} (from 0) of {len(dataset.classes)}")
@@ -376,13 +381,13 @@ def check_sets(sources, whole=False):
 # --- Features -------------------------------------------------------------------------------------
 def image_batches(dataset, split, size, limit=None, rows=256):
     """Yields (uint8 (B,3,S,S), list of B targets), B up to `rows`, decoded in threads."""
-    title = f"{dataset.source[-30:]} {split}"  # the end of a long name
+    title = f"{dataset.name[-30:]} {split}"  # the end of a long name
     samples = tqdm(dataset.samples(split), title, leave=False, disable=None)
     samples = islice(samples, limit)
 
     def read(sample):
         key, content, _ = sample
-        return data.preprocess(named(data.decode, f"{dataset.source}: {key}", content), size)
+        return data.preprocess(named(data.decode, f"{dataset.name}: {key}", content), size)
 
     with ThreadPoolExecutor() as pool:
         while batch := list(islice(samples, rows)):
@@ -492,7 +497,7 @@ def spread(score):
 def score_zero_shot(model, tokenizer, dataset, encoded):
     """-> {acc1, acc5, mean_per_class_recall; seen, unseen: acc1 by whether training held the
     class}."""
-    say_once(f"prompts of {dataset.source}: {'; '.join(dataset.templates)}")
+    say_once(f"prompts of {dataset.name}: {'; '.join(dataset.templates)}")
     classes = encode_classes(model, tokenizer, dataset.classes, dataset.templates)
     labels = np.array(encoded("test").targets)
     hits = zero_shot_hits(encoded("test").embedded, classes, labels)
@@ -606,11 +611,11 @@ def misfit(task, model, dataset):
         return f"this {method} has no reconstruction loss, so no decoder to reconstruct"
     if task in ("retrieval", "reconstruction"):
         if dataset.classes:
-            return f"{dataset.source} is a labelled folder; {task} needs captioned shards"
+            return f"{dataset.name} is a labelled folder; {task} needs captioned shards"
     elif not dataset.classes:
-        return f"{dataset.source} is no labelled folder, which {task} needs"
+        return f"{dataset.name} is no labelled folder, which {task} needs"
     elif task != "zero_shot" and not Path(dataset.source, "train").is_dir():
-        return f"{dataset.source} has no train split, train/0.tar ... and train/nshards.txt"
+        return f"{dataset.name} has no train split, train/0.tar ... and train/nshards.txt"
     return ""
 
 
@@ -627,7 +632,7 @@ def measure(model, tokenizer, datasets, tasks):
                     say(reason)
                 continue
             scores = attempt(
-                f"{task} on {dataset.source}", TASKS[task], model, tokenizer, dataset, encoded
+                f"{task} on {dataset.name}", TASKS[task], model, tokenizer, dataset, encoded
             )
             for name, score in (scores or {}).items():
                 found[dataset.source, task, name] = score
@@ -641,7 +646,7 @@ def results_of(model, tokenizer, datasets, tasks):
     sets = {}  # task: its first set
     for (dataset, task, name), score in measure(model, tokenizer, datasets, tasks).items():
         sets.setdefault(task, dataset)
-        title = task if sets[task] == dataset else f"{task} {dataset}"
+        title = task if sets[task] == dataset else f"{task} {data.public(dataset)}"
         entry = results.setdefault(title, dict.fromkeys(MAYBE if task == "zero_shot" else ()))
         entry[name] = score.mean()
         entry.setdefault("chance", {})[name] = score.chance

@@ -2,19 +2,21 @@
 signals, one run a folder, ranks that agree."""
 
 import ctypes
+import json
 import os
 import signal
 import socket
 import sys
 import timeit
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from data import DataError, one_line
+from data import DataError, one_line, public
 
 try:
     import fcntl
@@ -52,7 +54,9 @@ def pick_device(config):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.empty(0, device=name).device  # raises where there is no such device
+        there = torch.ones(1, device=name)
+        there.cpu()  # raises where there is no such device, or none that computes
+        device = there.device
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"--device {name}: not to be had here ({one_line(error)})") from None
     if device.type == "cuda":
@@ -169,6 +173,21 @@ def agree(facts):
 
 
 # --- Files ----------------------------------------------------------------------------------------
+def plain(config):
+    """A Config as plain values, as files keep it: without what may be secret in commands."""
+    values = asdict(config)
+    return values | {name: public(values[name]) for name in ("data", "eval_data")}
+
+
+def write_record(run, record):
+    """Adds a line to the run's log; on rank 0 alone."""
+    if ranks()[0] == 0:
+        line = json.dumps(record) + "\n"
+        run.logged += line
+        with open(f"{run.config.out}/log.jsonl", "a") as file:
+            file.write(line)
+
+
 def save_whole(state, path):
     """torch.save, whole and on the disk or not at all; OSError where the disk is full."""
     part = path.with_name("checkpoint.part")  # the next one takes its place, if it is left behind

@@ -840,7 +840,7 @@ import json
 import re
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -855,8 +855,10 @@ from machine import (
     from_first,
     own_folder,
     pick_device,
+    plain,
     ranks,
     save_whole,
+    write_record,
 )
 from scenes import builtin
 
@@ -927,6 +929,9 @@ class Config(ModelConfig):
             heads = getattr(self, tower + "heads")
             if width % heads or width % 4:
                 raise ValueError(f"{flag(name)} {width}: must be a multiple of 4 and {heads} heads")
+        patches = self.side() ** 2
+        if "image" in self.weights() and max(1, kept_count(patches, self.mask_ratio)) == patches:
+            raise ValueError(f"--mask-ratio {self.mask_ratio}: removes none of {patches} patches")
         if self.weights().keys() <= {"text"}:  # text alone, or nothing
             raise ValueError(
                 f"--method {self.method}: no term with images in it has weight above 0"
@@ -1126,7 +1131,7 @@ def save_checkpoint(run):
         "step": run.step,
         "seconds": run.seconds,
         "logged": run.logged,
-        "config": asdict(run.config),
+        "config": plain(run.config),
         "data": run.loader.identity,
         "position": run.position,
         "merges": run.loader.tokenizer and run.loader.tokenizer.merges,
@@ -1172,7 +1177,7 @@ def open_run(config):
             print(f"{out}: holds no checkpoint, so this run starts at step 0")
         return None
     state = read_checkpoint(checkpoints(out)[0])
-    then = asdict(state["config"])
+    then = plain(state["config"])
     # Finished, and now to be longer.
     if config.steps > state["step"] == then["steps"]:
         print(
@@ -1323,15 +1328,6 @@ def log(run, rows, seconds, waited):
     return True
 
 
-def write_record(run, record):
-    """Adds a line to the log."""
-    if ranks()[0] == 0:
-        line = json.dumps(record) + "\n"
-        run.logged += line
-        with open(f"{run.config.out}/log.jsonl", "a") as file:
-            file.write(line)
-
-
 def fit(run, net, device, autocast):
     """Trains to --steps or --stop-after -> the number of the signal that stopped it before, or
     0."""
@@ -1416,7 +1412,7 @@ def train_in_folder(config, device, autocast):
     check_sets(
         config.eval_data, config.eval_every > 0
     )  # a missing set, a header or class that does not fit: now
-    settings = {flag(name): value for name, value in asdict(config).items() if name not in OWN}
+    settings = {flag(name): value for name, value in plain(config).items() if name not in OWN}
     tokenizer = loader.tokenizer and loader.tokenizer.merges
     agree(settings | {"data": loader.identity, "tokenizer": tokenizer, "bf16": autocast._enabled})
     torch.manual_seed(config.seed)
@@ -1436,7 +1432,7 @@ def train_in_folder(config, device, autocast):
     compile_blocks(model, config, device)
     if rank == 0:
         out = Path(config.out)
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
+        (out / "config.json").write_text(json.dumps(plain(config), indent=1))
         # Without what was logged after the checkpoint: those steps come again.
         (out / "log.jsonl").write_text(run.logged)
         announce(run, device, autocast)
@@ -1455,12 +1451,12 @@ def finish(run):
         print(f"stopped and saved at step {run.step:,}; to go on add --resume to the command")
         return
     print(
-        f"trained and saved in {config.out}; now scored, on --eval-data {config.eval_data!r} "
+        f"trained and saved in {config.out}; now scored, on --eval-data {plain(config)['eval_data']!r} "
         "(--resume does it again, should it be interrupted)"
     )
     results = evaluate(run.model, run.loader.tokenizer, config.eval_data, config.out)
     print(format_results(results))
-    results |= {"seconds": run.seconds, "steps": run.step, "config": asdict(config)}
+    results |= {"seconds": run.seconds, "steps": run.step, "config": plain(config)}
     Path(config.out, "results.json").write_text(json.dumps(results, indent=1))
 
 

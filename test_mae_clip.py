@@ -320,6 +320,8 @@ def test_a_scale_that_would_do_nothing_cannot_be_given():
         ({"optimizer": "sgd"}, "--optimizer sgd"),
         ({"precision": "fp8"}, "--precision fp8"),
         ({"mask_ratio": 1.5}, "--mask-ratio 1.5"),
+        ({"mask_ratio": 0.0, "method": "mae"}, "--mask-ratio 0.0"),
+        ({"patch_size": 32, "method": "m3ae"}, "--mask-ratio 0.75"),
         ({"text_mask_ratio": -0.1}, "--text-mask-ratio -0.1"),
         ({"contrastive_mask_ratio": 1.01}, "--contrastive-mask-ratio 1.01"),
         ({"patch_size": 7}, "--patch-size 7"),
@@ -2754,9 +2756,7 @@ def test_a_loader_says_how_many_captions_are_cut_and_what_would_hold_nearly_all(
     assert "cut" not in loader.about()
 
 
-def test_a_command_that_fails_stops_the_run_and_its_secrets_are_not_printed(
-    tmp_path, monkeypatch
-):
+def test_a_command_that_fails_stops_the_run_and_its_secrets_are_not_printed(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "PAUSES", ())
     path = shards_of(tmp_path / "s", [4])[0]
     for workers in (0, 1):
@@ -4133,6 +4133,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_where_the_newest_one_is_remove
         (("--data", "nowhere-*.tar"), "nowhere-*.tar"),
         (("--eval-data", "nowhere"), "nowhere"),
         (("--device", "cuda:7"), "--device"),
+        (("--device", "meta"), "--device meta"),
         (("--out", "/proc/no/run"), "/proc/no"),
         (("--batch-size", "500"), "400 usable samples"),
         (("--scale", "huge"), "--scale"),
@@ -4143,6 +4144,23 @@ def test_a_run_goes_on_from_the_checkpoint_before_where_the_newest_one_is_remove
 def test_bad_input_gets_one_line_that_names_it_and_exit_code_2(arguments, says, tmp_path):
     out = () if "--out" in arguments else ("--out", tmp_path / "run")
     assert says in said_in_one_line(run(*TINY, *out, *arguments, code=2))
+
+
+def test_what_is_secret_in_a_command_is_neither_shown_nor_kept(tmp_path):
+    flags = [*TINY, "--steps", 6, "--stop-after", 3, "--out", tmp_path / "run", "--data"]
+    train = f"pipe:cat {captioned_shard(tmp_path / 'train.tar', 64)}"
+    sets = f"pipe:cat {captioned_shard(tmp_path / 'dev.tar', 20)}"
+    word = "t0ken"
+    sets = ("--eval-data", f"{sets}; : {word}")
+    done = [run(*flags, f"{train}; : {word}", *sets)]
+    done += [run(*flags, f"{train}; : new {word}", *sets, "--resume", "--stop-after", 6)]
+    done += [run(*flags, f"pipe:cat z.tar; : {word}", "--resume", code=2)]
+    said = "".join(each.stdout + each.stderr for each in done)
+    assert "recall@10" in said and "not the samples" in said and word not in said
+    for path in (tmp_path / "run").iterdir():
+        assert word.encode() not in path.read_bytes(), path
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (kept["data"], kept["eval_data"]) == ("train.tar", "dev.tar")
 
 
 def test_training_across_two_processes_in_pieces_equals_one(tmp_path):

@@ -23,6 +23,7 @@ import data
 import pictures
 from data import DataError
 from eval import (
+    EvalSet,
     encode_split,
     encode_texts,
     format_table,
@@ -36,11 +37,8 @@ from weights import export_tower
 
 # --- Sets -----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Photos:
+class Photos(EvalSet):
     """A plain folder of image files, and of folders of them: a set without texts."""
-
-    source: str
-    classes: tuple = ()
 
     def samples(self, split):
         """-> iterator of (path, image bytes, no caption)."""
@@ -58,7 +56,7 @@ class Photos:
 def open_images(sources):
     """The same as open_sets, but a folder may be one of photos alone."""
     sets = []
-    for source in filter(None, sources.split("::")):
+    for source in filter(None, data.parts_of(sources)):
         folder = Path(source)
         known = (folder / "test").is_dir() or (folder / "objects").is_dir()
         photos = Photos(source)
