@@ -40,10 +40,16 @@ class DataError(ValueError):
     """What the user gave does not work; the message is one line that says what, and what to do."""
 
 
+def printable(text):
+    """A text in which no character is an order to the terminal, such as a tar's or a file's name
+    may hold."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def one_line(error):
     """The last line of an error's message (a worker's comes with its traceback)."""
     message = str(error).strip() or repr(error)
-    return re.sub(r"^[\w.]*Error: ", "", message.splitlines()[-1])
+    return printable(re.sub(r"^[\w.]*Error: ", "", message.split("\n")[-1]))
 
 
 def cache_folder():
@@ -114,7 +120,7 @@ def expand(source):
 def shown(shard):
     """A shard's name without its folder; of a command the last tar's, as the rest may be secret."""
     if not shard.startswith("pipe:"):
-        return os.path.basename(shard)
+        return printable(os.path.basename(shard))
     tars = re.findall(r"[\w.-]+\.tar\b", re.sub(r"[?#]\S*", "", shard))
     return tars[-1] if tars else "a command"
 

@@ -588,7 +588,7 @@ def scoring_device(name):
 
 def say(message):
     """One line to the user, beside the table on stdout."""
-    print(f"eval.py: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"eval.py: {data.printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 say_once = cache(say)

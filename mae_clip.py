@@ -1451,8 +1451,8 @@ def finish(run):
         print(f"stopped and saved at step {run.step:,}; to go on add --resume to the command")
         return
     print(
-        f"trained and saved in {config.out}; now scored, on --eval-data {plain(config)['eval_data']!r} "
-        "(--resume does it again, should it be interrupted)"
+        f"trained and saved in {config.out}; now scored, on --eval-data "
+        f"{plain(config)['eval_data']!r} (--resume does it again, should it be interrupted)"
     )
     results = evaluate(run.model, run.loader.tokenizer, config.eval_data, config.out)
     print(format_results(results))

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
 from collections import Counter
@@ -38,8 +39,10 @@ from data import (
     decode,
     in_parallel,
     one_line,
+    printable,
     read_samples,
 )
+from machine import lock_file
 
 # --- Making shards --------------------------------------------------------------------------------
 PATH_NAMES = {"path", "filepath", "image", "file_name"}  # of columns
@@ -72,23 +75,29 @@ def write_shard(job):
 
 def build(folder, texts, jobs):
     """Makes a new folder of texts {path: lines} and, in their folders, of the shards of
-    write_shard's jobs; it takes its name when it is whole -> number of samples."""
+    write_shard's jobs; it takes its name when it is whole -> number of samples. Another program
+    that makes the same folder is waited for."""
     folder = Path(folder)
-    part = Path(f"{folder}.{os.getpid()}.part")
-    if folder.exists():
-        raise DataError(f"{folder}: exists already; give a new folder")
-    try:
-        for path, lines in texts.items():
-            file = part / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("\n".join(lines), encoding="utf-8")
-        count = sum(in_parallel(write_shard, [(part / path, *job) for path, *job in jobs]))
-        if not count:
-            raise DataError(f"{folder}: not made, since not one image could be read")
-        part.rename(folder)
-        return count
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    part = Path(f"{folder}.part")
+    lock = Path(f"{folder}.lock")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with lock_file(lock, wait=True):
+        try:
+            if folder.exists():
+                raise DataError(f"{folder}: exists already; give a new folder")
+            shutil.rmtree(part, ignore_errors=True)  # of a program that was killed
+            for path, lines in texts.items():
+                file = part / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text("\n".join(lines), encoding="utf-8")
+            count = sum(in_parallel(write_shard, [(part / path, *job) for path, *job in jobs]))
+            if not count:
+                raise DataError(f"{folder}: not made, since not one image could be read")
+            part.rename(folder)
+            return count
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def described(classes, templates, shards, where=""):
@@ -101,36 +110,43 @@ def described(classes, templates, shards, where=""):
 
 
 def read_table(source):
-    """A csv or tsv of paths and captions -> (path, fields) of photos, each once however its path is
-    written. A first row with the name of a path's column is a header; without one the first two
-    columns count."""
+    """A csv or tsv of paths and captions -> (path, fields, name for messages) of photos, each once
+    however its path is written. A first row with the name of a path's column is a header; without
+    one the first two columns count."""
+    with source.open(errors="replace") as file:
+        start = file.readline()
     style = {"strict": True}
     if source.suffix == ".tsv":  # there quotes are part of the text
         style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    elif ";" in start and "," not in start:  # as spreadsheets write it in many countries
+        style |= {"delimiter": ";"}
     try:
         with source.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, **style)
-            rows = [row for row in reader if row]
+            rows = [(reader.line_num, row) for row in reader if row]
     except (csv.Error, UnicodeError) as error:
         raise DataError(
             f"{source}: no csv in UTF-8, read up to line {reader.line_num}: {error}"
         ) from None
-    header = [name.strip().lower() for name in rows[0]] if rows else []
+    header = [name.strip().lower() for name in rows[0][1]] if rows else []
     if PATH_NAMES.intersection(header):
         del rows[0]
     else:
         header = ["path", "caption"]
+    if not rows:
+        raise DataError(f"{source}: holds no row with the path of a photo")
     print(
         f"columns: {header}; captions are those named caption, text or title, with a number or "
         f"without; a header, if there is one, names the paths {' or '.join(sorted(PATH_NAMES))}; "
         "all other columns are ignored"
     )
     photos = {}
-    for row in rows:
+    for line, row in rows:
         cells = list(zip(header, row, strict=False))
         name = next((cell for column, cell in cells if column in PATH_NAMES), "")
         path = source.parent / name
-        _, fields = photos.setdefault(os.path.realpath(path), (path, {"txt": ""}))
+        photo = (path, {"txt": ""}, f"{source} line {line}: {path}")
+        _, fields, _ = photos.setdefault(os.path.realpath(path), photo)
         for column, cell in cells:
             if TEXT_NAME.fullmatch(column):
                 fields["txt"] += " ".join(cell.split()) + "\n"
@@ -138,10 +154,14 @@ def read_table(source):
 
 
 def read_folder(folder):
-    """A folder of class folders, or else of photos -> (path, fields) of photos, names of the
-    classes."""
-    files = sorted(Path(name) for name in glob.glob("**/*.*", root_dir=folder, recursive=True))
+    """A folder of class folders, or else of photos -> (path, fields, name for messages) of photos,
+    names of the classes. What lies in folders whose names begin with a dot is not seen."""
+    found = [Path(name) for name in glob.glob("**", root_dir=folder, recursive=True)]
+    found = sorted(path for path in found if "__MACOSX" not in path.parts)
+    files = [path for path in found if not (folder / path).is_dir()]
     images = [file for file in files if file.suffix[1:].lower() in IMAGE_FIELDS]
+    if not images:
+        raise DataError(f"{folder}: no file in it, nor in its folders, ends in {IMAGE_FIELDS}")
     inside = [file for file in images if len(file.parts) > 1]
     classes = sorted({file.parts[0] for file in inside})
     used = inside or images
@@ -151,24 +171,26 @@ def read_folder(folder):
         if inside:
             name = file.parts[0]
             fields = {"cls": str(classes.index(name)), "txt": PACK_TEMPLATE.replace("{c}", name)}
-        photos.append((folder / file, fields))
+        photos.append((folder / file, fields, folder / file))
+    folders = {path.parts[0] for path in found if (folder / path.parts[0]).is_dir()}
     print(
-        f"passed over, as their names do not end in {IMAGE_FIELDS}, or they lie beside the class "
-        f"folders: {dict(Counter(file.suffix for file in sorted(set(files).difference(used))))}"
+        f"passed over: folders without photos {sorted(folders.difference(classes))}; files whose "
+        f"names do not end in {IMAGE_FIELDS}, or that lie beside the class folders "
+        f"{dict(Counter(file.suffix for file in sorted(set(files).difference(used))))}"
     )
     return photos, classes
 
 
 def packed(first, photos, size):
-    """Yields the samples of photos, (path, fields) each, of which `first` is the first's number;
-    says which it leaves out."""
-    for number, (path, fields) in enumerate(photos, first):
+    """Yields the samples of photos, (path, fields, name) each, of which `first` is the first's
+    number; says which it leaves out."""
+    for number, (path, fields, name) in enumerate(photos, first):
         try:
             content = path.read_bytes()
             kind = path.suffix[1:].lower()
             image = decode(content)
         except (DataError, OSError) as error:
-            tqdm.write(f"left out: {path}: {error}", file=sys.stderr)
+            tqdm.write(f"left out: {printable(str(name))}: {error}", file=sys.stderr)
             continue
         if 0 < size < min(image.size):
             image = ImageOps.cover(image, (size, size))
@@ -202,8 +224,6 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
         photos, classes = read_folder(source)
     else:
         photos = read_table(source)
-    if not photos:
-        raise DataError(f"{source}: holds no photos, neither in class folders nor in a table")
     order = np.random.default_rng(0).permutation(len(photos)).tolist()
     by_class = sorted(order, key=lambda n: photos[n][1].get("cls", ""))
     # At even distances in that list: so each class gives its share, drawn by chance.
@@ -237,11 +257,12 @@ def inspect(source):
     loader = Loader(source, 1, 1, None, 3, captions=not labelled)
     print(f"{loader.about()}; {loader.report()}")
     for sample in first:
-        words = captions(sample)
+        label = sample.get("cls", b"").decode(errors="replace").strip()
         with suppress(LookupError, ValueError, OSError):  # no class, or no name of it
             names = Path(loader.reader.shards[0]).parents[1] / "classnames.txt"
-            words = words or names.read_text("utf-8-sig").split("\n")[int(sample["cls"])]
-        print(f"{sample['__key__']}: fields {list(sample)}, captions or class {words}")
+            label += " " + names.read_text("utf-8-sig").split("\n")[int(label)]
+        what = f"fields {list(sample)[1:]}, class {label!r}, captions {captions(sample)}"
+        print(f"{printable(sample['__key__'])}: {what}")
     return 1 if loader.bad else 0
 
 
@@ -278,6 +299,7 @@ def main(argv=None):
                     flag, default=value, type=type(value), help=f"default: {value}"
                 )
     given = vars(parser.parse_args(argv))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is unfinished is removed
     function = functions[given.pop("command")]
     try:
         sys.exit(function(**given))

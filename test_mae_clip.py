@@ -2654,6 +2654,24 @@ def test_an_index_takes_at_most_a_hundred_bytes_a_sample(tmp_path):
     assert all(len(value) <= 2 for value in others if isinstance(value, (list, dict, set)))
 
 
+def test_names_never_give_orders_to_the_terminal(tmp_path):
+    key = "a\x1b[31mred"
+    escape = "\x1b"
+    files = [(f"{key}.jpg", picture()), (f"{key}.txt", b"fine \x1b[31m"), ("b\x9b.jpg", b"bad")]
+    path = tar_of(tmp_path / f"{escape}[1m.tar", files)
+    table = tmp_path / "t.csv"
+    table.write_text(f"path,caption\n{key}.jpg,lost\n")
+    code, said, err = command("inspect", path)
+    assert code == 1 and r"a\x1b[31mred: fields" in said
+    for arguments in (("inspect", f"{path}?"), ("pack", table, tmp_path / "out")):
+        code, out, more = command(*arguments)
+        assert code == 2 and r"\x1b" in more
+        said += out
+        err += more
+    assert not re.search("[\x1b\x9b]", said + err)
+    assert data.printable("Blume ü 犬 😀") == "Blume ü 犬 😀"
+
+
 def test_the_tokenizer_is_learned_from_a_fixed_part_of_many_samples(tmp_path, monkeypatch):
     loader = loader_of(shards_of(tmp_path / "s", [6, 5]))
     everything = list(loader.texts())
@@ -3013,7 +3031,8 @@ def test_pack_makes_the_same_shards_of_a_table_again_and_names_broken_rows(tmp_p
     for out in ("a", "b"):
         flags = ("--size", 20, "--test", 0.4)
         code, said, err = command("pack", table, tmp_path / out, *flags)
-        assert code == 0 and "No such file" in err and "gone.jpg" in err and "1 left out" in said
+        assert code == 0 and "No such file" in err and "1 left out" in said
+        assert f"left out: {table} line 12: {tmp_path / 'gone.jpg'}: " in err
     for split in ("train", "test"):
         first, second = [(tmp_path / out / split / "0.tar").read_bytes() for out in ("a", "b")]
         assert first == second
@@ -3036,6 +3055,7 @@ def test_pack_takes_the_columns_that_a_header_names_and_without_one_the_first_tw
         ],
         "0.jpg,a dog,64,0.3\n": ["a dog"],
         "image,text\n0.jpg,\n1.jpg\n": [],
+        "image;text\n0.jpg;a dog, running\n": ["a dog, running"],
     }
     for n, (text, expected) in enumerate(tables.items()):
         (tmp_path / f"{n}.csv").write_text(text)
@@ -3064,33 +3084,61 @@ def test_pack_takes_the_columns_that_a_header_names_and_without_one_the_first_tw
 def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_over(tmp_path):
     names = [f"{name}/{n}.png" for name in ("cat", "dog") for n in range(10)]
     photos = tmp_path / "classes"
-    photos_in(photos, [*names, "loose.png", ".hidden/x.png"], "PNG")
+    names += ["v1.0/0.png", "v1.0/1.png"]  # a class whose name looks like a file's
+    photos_in(photos, [*names, "loose.png", ".hidden/x.png", "__MACOSX/x.png"], "PNG")
     (photos / "cat" / "notes.heic").write_bytes(b"no image")
     (photos / "dog" / "broken.png").write_bytes(b"no image")
     (photos / "dog" / "link.png").symlink_to("nowhere.png")
     (photos / "empty").mkdir()
     out = tmp_path / "out"
     code, said, err = command("pack", photos, out, "--test", 0.3)
-    assert code == 0 and "or they lie beside the class folders: {'.heic': 1, '.png': 1}" in said
-    assert "2 left out" in said
+    assert code == 0 and "or that lie beside the class folders {'.heic': 1, '.png': 1}" in said
+    assert "folders without photos ['empty']" in said and "2 left out" in said
     assert "broken.png: image header" in err and "No such file" in err
     assert f"python mae_clip.py --data '{out}' --out '{out}-run' --eval-data '{out}'" in said
-    assert (out / "classnames.txt").read_text().split() == ["cat", "dog"]
-    labels = []
-    for split in ("train", "test"):
+    assert (out / "classnames.txt").read_text().split() == ["cat", "dog", "v1.0"]
+    labels = {"train": [], "test": []}
+    for split in labels:
         whole = data.whole_samples(data.split_shards(out, split), labelled=True)
         for sample, (_, _, label) in zip(packed(out, split), whole, strict=True):
             name = origin(sample).parent.name
-            assert name == ["cat", "dog"][label]
+            assert name == ["cat", "dog", "v1.0"][label]
             assert data.captions(sample) == [f"a photo of a {name}"]
-            labels.append(label)
-    assert labels[:14].count(0) == labels[:14].count(1) == 7  # of train; test has 3 of each
-    assert labels[14:].count(0) == labels[14:].count(1) == 3
+            labels[split].append(label)
+    for label, count in enumerate((10, 10, 2)):
+        assert labels["train"].count(label) + labels["test"].count(label) == count
+        assert abs(labels["test"].count(label) - 0.3 * count) <= 1  # each class gives its share
     code, _, err = command("pack", photos, tmp_path / "wrong", "--test", 10)
     assert code == 2 and "must be a share" in err
-    for source, says in (("nowhere.csv", "nowhere.csv"), ("classes/empty", "holds no photos")):
+    (tmp_path / "head.csv").write_text("path,caption\n")
+    refusals = {
+        "nowhere.csv": "No such file",
+        "classes/empty": "no file in it, nor in its folders, ends in",
+        "head.csv": "holds no row with the path of a photo",
+    }
+    for source, says in refusals.items():
         code, _, err = command("pack", tmp_path / source, tmp_path / "wrong")
         assert code == 2 and says in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_a_stopped_drawing_left_is_gone_or_cleaned_up_by_the_next(number, tmp_path):
+    drawing = [sys.executable, data.__file__, "draw", tmp_path / "scenes", "--scenes", "20000"]
+    process = subprocess.Popen(drawing, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("scenes.part/*.tar")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait() == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    if number == signal.SIGTERM:
+        assert not list(tmp_path.iterdir())
+    # Two at once: one draws, the other waits for it and then refuses.
+    again = [*drawing[:-1], "40"]
+    both = [subprocess.Popen(again, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = sorted(process.communicate()[1] for process in both)
+    assert said[0] == "" and "exists already" in said[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["scenes"]
 
 
 def test_pack_of_a_table_whose_paths_are_all_wrong_makes_nothing_and_says_so(tmp_path):
@@ -3121,18 +3169,18 @@ def test_inspect_reports_and_its_exit_code_says_whether_something_is_wrong(tmp_p
     bad = tar_of(tmp_path / "bad.tar", [("x.jpg", b"bad"), ("x.txt", b"x")])
     labelled = tar_of(tmp_path / "labelled.tar", [("x.jpg", picture()), ("x.cls", b"3")])
     code, said, _ = command("inspect", tmp_path / "s")
-    assert code == 0 and "7 samples" in said and "captions or class ['number 0']" in said
+    assert code == 0 and "7 samples" in said and "class '', captions ['number 0']" in said
     assert "the first image has 24 x 16 pixels" in said
     code, said, _ = command("inspect", f"{tmp_path}/s/*.tar::{bad}")
     assert code == 1 and "1 x image header unreadable" in said
     code, said, _ = command("inspect", labelled)  # a shard alone, without names of its classes
-    assert code == 0 and "captions or class []" in said
+    assert code == 0 and "fields ['jpg', 'cls'], class '3', captions []" in said
     named = tmp_path / "set"
     (named / "test").mkdir(parents=True)
     (named / "classnames.txt").write_text("cat\ndog\ncow\nowl\n")
     shutil.copy(labelled, named / "test" / "0.tar")
     code, said, _ = command("inspect", named / "test" / "0.tar")
-    assert code == 0 and "captions or class owl" in said
+    assert code == 0 and "class '3 owl'" in said
     for source in (bad, tmp_path / "none.tar"):
         assert command("inspect", source)[0] == 2
 
