@@ -929,12 +929,14 @@ class Config(ModelConfig):
             heads = getattr(self, tower + "heads")
             if width % heads or width % 4:
                 raise ValueError(f"{flag(name)} {width}: must be a multiple of 4 and {heads} heads")
+        terms = set(self.weights())
         patches = self.side() ** 2
-        if "image" in self.weights() and max(1, kept_count(patches, self.mask_ratio)) == patches:
-            raise ValueError(f"--mask-ratio {self.mask_ratio}: removes none of {patches} patches")
-        if self.weights().keys() <= {"text"}:  # text alone, or nothing
+        if max(1, kept_count(patches, self.mask_ratio)) == patches:
+            terms.discard("image")  # no patch is removed, so none is predicted
+        if terms <= {"text"}:  # text alone, or nothing
             raise ValueError(
-                f"--method {self.method}: no term with images in it has weight above 0"
+                f"--method {self.method}: no term with images in it has weight above 0 and, "
+                f"at --mask-ratio {self.mask_ratio}, something to predict in {patches} patches"
             )
 
 
