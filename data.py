@@ -263,16 +263,20 @@ def image_of(sample):
 
 def whole_samples(source, labelled=False):
     """Yields (key, image bytes, captions or, if labelled, class index) of a test set's shards, of
-    which no sample may lack one."""
-    for sample in read_samples(source, strict=True):
+    which no sample may lack one; but a set without labels may have no captions at all, for mae."""
+    bare = False
+    for number, sample in enumerate(read_samples(source, strict=True)):
         key = sample["__key__"]
         image = image_of(sample)
         label = sample.get("cls", b"").strip()
         found = label.isdigit() if labelled else captions(sample)
-        if not image or not found:
+        if number == 0:
+            bare = not labelled and not found
+        if not image or bool(found) == bare:
             raise DataError(
                 f"{public(source)}: {key}: in a test set each sample needs an image and a caption, "
-                f"in a labelled one a class index in KEY.cls; found the fields {list(sample)[1:]}"
+                f"or none has one, in a labelled one a class index in KEY.cls; found the fields "
+                f"{list(sample)[1:]}"
             )
         yield key, image, int(label) if labelled else found
 

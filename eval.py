@@ -366,14 +366,16 @@ def named(function, name, content):
         raise DataError(f"{name}: {error}") from None
 
 
-def check_sets(sources, whole=False):
-    """DataError where a set is missing, or a header (whole: an image) or class of its test split
-    does not fit."""
+def check_sets(sources, method, whole=False):
+    """DataError where a set is missing, or a header (whole: an image), class or caption of its test
+    split does not fit."""
     read = data.decode if whole else data.open_image
     for dataset in open_sets(sources):
         for key, content, target in dataset.samples("test"):
             name = f"{dataset.name}: {key}"
             named(read, name, content)
+            if target == [] and method != "mae":
+                raise DataError(f"{name}: has no caption; --method {method} is scored with them")
             if dataset.classes and target >= len(dataset.classes):
                 raise DataError(f"{name}: class {target} (from 0) of {len(dataset.classes)}")
 
@@ -444,7 +446,7 @@ def reconstructions(model, tokenizer, dataset, limit):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for images, captions in image_batches(dataset, "test", config.image_size, limit):
-            tokens = tokenizer.batch([texts[0] for texts in captions], config.context)
+            tokens = tokenizer.batch([(texts or [""])[0] for texts in captions], config.context)
             found = model.reconstruct(images.to(device), tokens.to(device))
             found["tokens"] = tokens
             found["patches"] = mae_clip.patchify(
@@ -520,6 +522,8 @@ def score_retrieval(model, tokenizer, dataset, encoded):
     with it."""
     test = encoded("test")
     texts = [text for captions in test.targets for text in captions]
+    if not texts:
+        raise DataError("its images have no captions")
     own = np.array([len(captions) for captions in test.targets])  # texts of each image
     owner = np.repeat(np.arange(len(own)), own)
     features = encode_texts(model, tokenizer, texts)
@@ -686,7 +690,7 @@ def losses_on(dataset, model, tokenizer, config, device, autocast):
     found = []
     batches = image_batches(dataset, "test", config.image_size, limit, rows)
     for number, (images, captions) in enumerate(batches):
-        first = [texts[0] for texts in captions[own]]
+        first = [(texts or [""])[0] for texts in captions[own]]
         tokens = (tokenizer or data.Tokenizer([])).batch(first, config.context)
         batch = data.Batch(images[own], tokens, ())
         with autocast:

@@ -1411,9 +1411,8 @@ def train_in_folder(config, device, autocast):
     state = from_first(open_run, config)
     start = {} if state else read_weights(config.init)
     loader, config = open_data(config, state, start.get("merges"))
-    check_sets(
-        config.eval_data, config.eval_every > 0
-    )  # a missing set, a header or class that does not fit: now
+    # A missing set, a header, class or caption that does not fit: now, not after the training.
+    check_sets(config.eval_data, config.method, config.eval_every > 0)
     settings = {flag(name): value for name, value in plain(config).items() if name not in OWN}
     tokenizer = loader.tokenizer and loader.tokenizer.merges
     agree(settings | {"data": loader.identity, "tokenizer": tokenizer, "bf16": autocast._enabled})

@@ -3164,6 +3164,23 @@ def test_pack_takes_a_folder_of_photos_without_captions(tmp_path):
     assert len(loader_of(str(tmp_path / "out"), captions=False)) == 1
 
 
+def test_photos_without_captions_are_a_test_set_for_mae_and_for_it_alone(tmp_path):
+    photos_in(tmp_path / "photos", [f"{n}.jpg" for n in range(40)])
+    out = tmp_path / "out"
+    said = command("pack", tmp_path / "photos", out, "--test", 0.25)[1]
+    assert f"--eval-data '{out}'" in said
+    flags = ("--scale", "tiny", "--data", out, "--eval-data", out, "--batch-size", 8, "--steps", 2)
+    flags += ("--workers", 0, "--log-every", 1, "--out", tmp_path / "run")
+    said = run(*flags, "--method", "mae", "--eval-every", 1).stdout
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["reconstruction"]["n"] == 10 and "image_loss" in said
+    assert "image" in logged(tmp_path / "run")[-1]["validation"]
+    tar = tar_of(tmp_path / "some.tar", [*samples_of(1), ("x.jpg", picture())])
+    for source, says in ((out, "has no caption; --method clip"), (tar, "or none has one")):
+        with pytest.raises(DataError, match=says):
+            evaluation.check_sets(str(source), "clip")
+
+
 def test_inspect_reports_and_its_exit_code_says_whether_something_is_wrong(tmp_path):
     shards_of(tmp_path / "s", [4, 3])
     bad = tar_of(tmp_path / "bad.tar", [("x.jpg", b"bad"), ("x.txt", b"x")])
@@ -3500,15 +3517,15 @@ def test_sets_that_cannot_be_scored_are_refused_when_they_are_opened(tmp_path):
 
 def test_sets_whose_headers_or_classes_do_not_fit_are_refused_before_training(tmp_path):
     folder = labelled_folder(tmp_path / "set", 9, "abc")
-    evaluation.check_sets(f"{folder}::{captioned_shard(tmp_path / 'dev.tar')}")
+    evaluation.check_sets(f"{folder}::{captioned_shard(tmp_path / 'dev.tar')}", "clip")
     (folder / "classnames.txt").write_text("a\nb")
     found = r"set: 002: class 2 \(from 0\) of 2"
     with pytest.raises(ValueError, match=found):
-        evaluation.check_sets(str(folder))
+        evaluation.check_sets(str(folder), "clip")
     files = [("1.jpg", picture(8, 8)), ("1.txt", b"a"), ("2.jpg", b"no image"), ("2.txt", b"b")]
     shard = tar_of(tmp_path / "damaged.tar", files)
     with pytest.raises(ValueError, match="damaged.tar: 2: image header unreadable"):
-        evaluation.check_sets(str(shard))
+        evaluation.check_sets(str(shard), "clip")
     done = run(*TINY, "--eval-data", shard, "--out", tmp_path / "run", code=2)
     assert "damaged.tar: 2: image header unreadable" in said_in_one_line(done)
     assert not list((tmp_path / "run").glob("checkpoint*"))
