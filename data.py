@@ -8,6 +8,7 @@ The file runs when copied out alone. Its commands, `python data.py pack` and oth
 shards.py.
 """
 
+import ctypes
 import glob
 import hashlib
 import io
@@ -25,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +59,11 @@ def cache_folder():
 
 
 def be_quiet(worker):
-    """In a worker process: Ctrl-C is the parent's, and so are the cores, where it wants them."""
+    """In a worker process: Ctrl-C is the parent's, and so are the cores, where it wants them. It
+    ends with its parent, even if that is killed while it waits for a command."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     with suppress(AttributeError):  # Windows has no nice
         os.nice(19)
 
@@ -89,8 +93,10 @@ def parts_of(source):
 
 
 def public(source):
-    """A source without what may be secret: commands are replaced by the names that they show."""
-    return "::".join(shown(part) if part.startswith("pipe:") else part for part in parts_of(source))
+    """A source, or a list of them, without what may be secret: commands are replaced by the names
+    that they show."""
+    parts = parts_of(source) if isinstance(source, str) else source
+    return "::".join(shown(part) if part.startswith("pipe:") else part for part in parts)
 
 
 def expand(source):
@@ -103,7 +109,7 @@ def expand(source):
         if numbers:
             first, last = numbers.groups()
             for number in range(int(first), int(last) + 1):
-                found += expand(part.replace(numbers[0], f"{number:0{len(first)}}", 1))
+                found += expand([part.replace(numbers[0], f"{number:0{len(first)}}", 1)])
         elif part.startswith("pipe:") or os.path.isfile(part):
             found = [part]
         elif os.path.isdir(part):  # its shards for training, where these are set apart
@@ -147,7 +153,7 @@ def sent_by(command):
     with subprocess.Popen(
         script,
         shell=True,
-        stdin=subprocess.PIPE,
+        stdin=subprocess.DEVNULL if os.name == "nt" else subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -187,7 +193,8 @@ def grouped(file):
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 tar.members = []  # where tarfile would keep them all
-                if not 0 <= info.size <= end - info.offset_data or info.issparse():
+                size = info.size if info.isreg() else 0  # what a folder's header says is void
+                if info.size < 0 or size > end - info.offset_data or info.issparse():
                     raise tarfile.ReadError
                 name = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", info.name)
                 if not info.isreg() or not name or LEFT_OUT.search(info.name):
@@ -202,7 +209,7 @@ def grouped(file):
             rest = read(file, tar.offset, 1 << 20)
             if len(rest) < 512 or rest.strip(b"\0"):
                 cause = "tar breaks off"
-    except (tarfile.TarError, OverflowError, ValueError):
+    except (tarfile.TarError, OverflowError, ValueError, MemoryError):
         sample = {}  # it may lack a field
         cause = "tar breaks off, or is compressed"
     if sample:
@@ -282,9 +289,9 @@ def whole_samples(source, labelled=False):
 
 
 def split_shards(folder, split):
-    """The shards of a split of a folder in CLIP_benchmark's layout, as a source."""
-    last = int(Path(folder, split, "nshards.txt").read_text("utf-8-sig")) - 1
-    return f"{folder}/{split}/{{0..{last}}}.tar"
+    """The shards of a split of a folder in CLIP_benchmark's layout."""
+    count = int(Path(folder, split, "nshards.txt").read_text("utf-8-sig"))
+    return [f"{folder}/{split}/{number}.tar" for number in range(count)]
 
 
 # --- Images ---------------------------------------------------------------------------------------
@@ -546,11 +553,13 @@ def cached(path, function):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+b", buffering=0)
     except OSError:
+        with suppress(OSError, ValueError):  # what cannot be written may still be read
+            return json.loads(path.read_bytes())
         return function()
     with file:
         lock(file)
-        file.seek(0)
-        with suppress(ValueError):  # new, or left by a process that was killed
+        with suppress(OSError, ValueError):  # new, or left by a process that was killed
+            file.seek(0)
             return json.loads(file.read())
         found = function()
         with suppress(OSError):
@@ -617,7 +626,7 @@ class LocalShards:
     def drawn(self, n, epoch):
         """Sample n of the index -> raw, the seed of its chance, its name."""
         sample = self.sample(n)
-        name = f"{shown(self.shards[self.shard_of[n]])} {sample['__key__']}"
+        name = f"{self.shards[self.shard_of[n]]} {sample['__key__']}"
         return sample, [self.loader.seed, epoch, n], name
 
     def others(self, seed):
@@ -672,9 +681,10 @@ class Stream:
             if loader.resample:
                 order = rng.integers(count, size=count)
             shard = self.shards[order[place]]
+            mix = np.random.default_rng([loader.seed, number, loader.rank])
             with opened(shard) as file:
                 keys, rows, bad = index(file, shard, loader.captions)
-                for n in rng.permutation(len(keys)).tolist():
+                for n in mix.permutation(len(keys)).tolist():
                     chance = [loader.seed, number, loader.rank, n]
                     sample = loaded(file, keys[n], INDEXED, rows[n])
                     samples.append((sample, chance, f"{shown(shard)} {keys[n]}"))
@@ -726,7 +736,7 @@ class Loader:
         self.position = 0
         self.bad = Counter()
         self.counted = set()  # the names of these
-        self.decoded = {}  # image bytes -> (3,S,S)
+        self.decoded = {}  # hash of an image's bytes -> (3,S,S)
         shards = expand(self.source)
         self.stream = self.resample or any(shard.startswith("pipe:") for shard in shards)
         if self.stream:
@@ -735,7 +745,7 @@ class Loader:
                 raise DataError("a stream takes no --samples; several processes need --resample")
         else:
             self.reader = LocalShards(self, shards)
-            self.count(self.reader.bad)
+            self.count(self.reader.bad, once=False)
             found = len(self.reader.rows)
             if not self.reader.epoch_size or found < max(self.samples, len(self.reader.bad)):
                 fields = list(next(read_samples(shards[0]), {}))[1:]
@@ -784,10 +794,11 @@ class Loader:
             )
         return words
 
-    def count(self, failed):
-        """Counts what failed, (name, cause) each, once, and logs the first few."""
+    def count(self, failed, once=True):
+        """Counts what failed, (name, cause) each, and logs the first few; if `once`, what has been
+        counted in an epoch before is left out."""
         for name, cause in failed:
-            if name in self.counted:  # in an epoch before
+            if once and name in self.counted:
                 continue
             self.counted.add(name)
             self.bad[cause] += 1
@@ -815,22 +826,28 @@ class Loader:
         """Image bytes -> uint8 (3,S,S), or DataError."""
         if self.crop < 1:
             return random_crop(content, self.image_size, self.crop, rng)
-        if content in self.decoded:
-            return self.decoded[content]
-        image = preprocess(decode(content), self.image_size)
-        if self.keeps:
-            self.decoded[content] = image
-        return image
+        if not self.keeps:
+            return preprocess(decode(content), self.image_size)
+        name = hashlib.sha256(content).digest()
+        if name not in self.decoded:
+            self.decoded[name] = preprocess(decode(content), self.image_size)
+        return self.decoded[name]
 
     def make_batch(self, samples, failed):
         """(raw sample, seed of its chance, name) each -> Batch, or None of no samples. One that
         does not decode is added to failed, (name, cause), and another takes its slot: of this batch
         or, if none of it decodes, of the others."""
         made = []  # (key, caption, image)
-        others = self.reader.others(samples[0][1]) if samples else ()
-        for number, (sample, seed, name) in enumerate(chain(samples, others)):
-            if made and number >= len(samples):
-                break
+
+        def candidates():
+            yield from samples
+            if samples and not made:
+                for other in self.reader.others(samples[0][1]):
+                    yield other
+                    if made:
+                        return
+
+        for sample, seed, name in candidates():
             rng = np.random.default_rng(seed)
             texts = captions(sample) if self.captions else [""]
             try:

@@ -139,6 +139,8 @@ def draw(folder, scenes=40_000, seed=0):
     --scenes     captioned scenes for training
     --seed       of all that is drawn
     """
+    if scenes < 1:
+        raise DataError(f"--scenes {scenes}: must be at least 1")
     few = scenes // 4
     size = min(2500, math.ceil(scenes / 4))
     jobs = []

@@ -19,8 +19,9 @@ import shutil
 import signal
 import sys
 import tarfile
+import traceback
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from inspect import signature
 from itertools import islice
 from pathlib import Path
@@ -73,15 +74,31 @@ def write_shard(job):
     return count
 
 
+@contextmanager
+def only_one(path):
+    """Inside `with`, no other program is inside with the same path, where a file is made for it."""
+    while True:
+        file = lock_file(path, wait=True)
+        with suppress(OSError):  # gone, where the one before has removed it while this one waited
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()
+    with file:
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # on Windows, where it is open
+                path.unlink()
+
+
 def build(folder, texts, jobs):
     """Makes a new folder of texts {path: lines} and, in their folders, of the shards of
     write_shard's jobs; it takes its name when it is whole -> number of samples. Another program
     that makes the same folder is waited for."""
     folder = Path(folder)
     part = Path(f"{folder}.part")
-    lock = Path(f"{folder}.lock")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with lock_file(lock, wait=True):
+    with only_one(Path(f"{folder}.lock")):
         try:
             if folder.exists():
                 raise DataError(f"{folder}: exists already; give a new folder")
@@ -95,9 +112,11 @@ def build(folder, texts, jobs):
                 raise DataError(f"{folder}: not made, since not one image could be read")
             part.rename(folder)
             return count
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the workers, which end now
+            raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
-            lock.unlink(missing_ok=True)
 
 
 def described(classes, templates, shards, where=""):
@@ -144,7 +163,7 @@ def read_table(source):
     for line, row in rows:
         cells = list(zip(header, row, strict=False))
         name = next((cell for column, cell in cells if column in PATH_NAMES), "")
-        path = source.parent / name
+        path = source.parent / name.replace("\0", "")
         photo = (path, {"txt": ""}, f"{source} line {line}: {path}")
         _, fields, _ = photos.setdefault(os.path.realpath(path), photo)
         for column, cell in cells:

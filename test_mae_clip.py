@@ -48,6 +48,7 @@ import machine
 import mae_clip
 import pictures
 import scenes
+import shards
 import weights
 from data import DataError, Tokenizer
 from eval import fit_linear, retrieval, zero_shot
@@ -2652,6 +2653,106 @@ def test_an_index_takes_at_most_a_hundred_bytes_a_sample(tmp_path):
     # And all that is held besides does not grow with the samples.
     others = [value for name, value in vars(reader).items() if name not in ("loader", "identity")]
     assert all(len(value) <= 2 for value in others if isinstance(value, (list, dict, set)))
+
+
+def test_bad_samples_of_equal_names_in_several_shards_are_all_counted(tmp_path):
+    files = [("a.jpg", b"bad"), ("a.txt", b"x"), *samples_of(4)]
+    paths = []
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+        paths.append(tar_of(tmp_path / name / "0.tar", files))
+    assert loader_of(paths).bad == {"image header unreadable": 3}
+
+
+def test_what_stays_decoded_does_not_hold_the_files_too(tmp_path):
+    loader = loader_of(shards_of(tmp_path / "s", [6]))
+    first, second = [[batch.images for batch in loader.epoch(0)] for _ in range(2)]
+    assert all(map(torch.equal, first, second)) and len(loader.decoded) == 6
+    assert {len(name) for name in loader.decoded} == {32}
+    loader.keeps = False
+    assert all(map(torch.equal, first, [batch.images for batch in loader.epoch(0)]))
+
+
+def test_a_sample_of_no_need_is_not_read(tmp_path):
+    loader = loader_of(shards_of(tmp_path / "s", [8]))
+    with mock.patch.object(data, "loaded", wraps=data.loaded) as reading:
+        list(loader.epoch(0))
+    assert reading.call_count == 8
+
+
+def test_an_index_is_read_from_a_cache_that_cannot_be_written(tmp_path):
+    job = (shards_of(tmp_path / "s", [3])[0], True)
+    data.index_shard(job)
+
+    def refused(path, mode="r", **options):
+        if "a" in mode:
+            raise PermissionError
+        return open(path, mode, **options)
+
+    with mock.patch.object(data, "open", refused, create=True):
+        with mock.patch.object(data, "index", side_effect=AssertionError):
+            assert len(data.index_shard(job)[1]) == 3
+
+
+def test_what_a_header_says_of_a_folders_size_is_void(tmp_path):
+    path = tar_of(tmp_path / "x.tar", samples_of(3))
+    info = tarfile.TarInfo("folder")
+    info.type = tarfile.DIRTYPE
+    info.size = 1 << 20
+    path = Path(path)
+    path.write_bytes(info.tobuf() + path.read_bytes())
+    assert len(list(data.read_samples(str(path)))) == 3
+
+
+def test_paths_with_colons_work_for_sets_too(tmp_path):
+    folder = tmp_path / "we::ird"
+    (folder / "test").mkdir(parents=True)
+    tar_of(folder / "test" / "0.tar", [("x.jpg", picture()), ("x.cls", b"1")])
+    (folder / "test" / "nshards.txt").write_text("1")
+    (folder / "classnames.txt").write_text("cat\ndog\n")
+    evaluation.check_sets(str(folder), "clip")
+    assert [label for _, _, label in evaluation.open_sets(str(folder))[0].samples("test")] == [1]
+
+
+def test_equal_shards_of_a_stream_are_shuffled_each_in_its_own_way(tmp_path):
+    shard = shards_of(tmp_path / "s", [20])[0]
+    loader = loader_of([f"pipe:cat {shard}"] * 3, 20)
+    first, second, third = [batch.keys for batch in loader.epoch(0)]
+    assert first != second != third and sorted(first) == sorted(second) == sorted(third)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="uses PR_SET_PDEATHSIG")
+def test_a_worker_that_waits_for_a_command_ends_with_its_killed_parent(tmp_path):
+    os.mkfifo(tmp_path / "alive")
+    command = f"exec 9> {tmp_path}/alive; sleep 600"
+    code = (
+        "import data\n"
+        f"loader = data.Loader('pipe:{command}', 2, 8, data.Tokenizer([]), 16, workers=1)\n"
+        "next(loader.batches(0))\n"
+    )
+    reader = subprocess.Popen([sys.executable, "-c", code], cwd=HERE)
+    with open(tmp_path / "alive") as alive:
+        reader.kill()
+        reader.wait()
+        assert alive.read() == ""
+
+
+def test_a_folder_is_made_by_one_program_at_a_time_even_if_the_first_fails(tmp_path):
+    inside, seen = [], []
+
+    def make(number):
+        with shards.only_one(tmp_path / "lock"):
+            inside.append(number)
+            seen.append(len(inside))
+            time.sleep(0.01)
+            inside.pop()
+
+    threads = [threading.Thread(target=make, args=[n]) for n in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == 12 * [1] and not (tmp_path / "lock").exists()
 
 
 def test_names_never_give_orders_to_the_terminal(tmp_path):
