@@ -291,6 +291,8 @@ def whole_samples(source, labelled=False):
 def split_shards(folder, split):
     """The shards of a split of a folder in CLIP_benchmark's layout."""
     count = int(Path(folder, split, "nshards.txt").read_text("utf-8-sig"))
+    if count < 1:
+        raise DataError(f"{folder}/{split}/nshards.txt: says {count} shards; 1 or more are needed")
     return [f"{folder}/{split}/{number}.tar" for number in range(count)]
 
 
@@ -531,7 +533,7 @@ def index(file, shard, captioned):
                 keys.append(key)
                 rows.append(row)
             except DataError as error:
-                bad.append((f"{shown(shard)} {key} ({', '.join(places)})", str(error)))
+                bad.append((f"{shown(shard)} {key} ({', '.join(islice(places, 6))})", str(error)))
     except DataError as error:
         bad.append((shown(shard), str(error)))
     return keys, rows, bad
@@ -748,12 +750,12 @@ class Loader:
             self.count(self.reader.bad, once=False)
             found = len(self.reader.rows)
             if not self.reader.epoch_size or found < max(self.samples, len(self.reader.bad)):
-                fields = list(next(read_samples(shards[0]), {}))[1:]
+                fields = list(next(read_samples(shards[0]), {}))[1:7]
                 raise DataError(
                     f"{self.source}: {found} usable samples, a batch is "
                     f"{self.batch_size * self.world}, --samples {self.samples}; {self.report()}; "
                     f"the first sample has {fields}; a sample is KEY.jpg, jpeg, png or webp and "
-                    "next to it KEY.txt or KEY.json with `caption`, no dot in KEY; "
+                    "next to it, but for mae, KEY.txt or KEY.json with `caption`, no dot in KEY; "
                     "`data.py pack` makes captions of class names"
                 )
         self.identity = self.reader.identity

@@ -783,6 +783,7 @@ def suite(checkpoints, datasets, tasks, device="cpu", untrained=False):
             first, second = compared
             scores[f"{first} less {second}"] = scores[first].less(scores[second])
         row = dict(zip(("set", "task", "measure"), key, strict=True))
+        row["set"] = data.public(row["set"])
         row |= {"images": int(np.count_nonzero(example.weights)), "chance": example.chance}
         row["values"] = {title: spread(score) for title, score in scores.items()}
         rows.append(row)

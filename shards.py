@@ -47,7 +47,7 @@ from machine import lock_file
 
 # --- Making shards --------------------------------------------------------------------------------
 PATH_NAMES = {"path", "filepath", "image", "file_name"}  # of columns
-TEXT_NAME = re.compile(r"(caption|text|title)s?[_ ]?\d*")  # caption, caption_1, caption_2
+TEXT_NAME = re.compile(r"(caption|text|title)s?[_ ]?(\d*|[a-z]{2})")  # caption_1, caption_en
 PACK_TEMPLATE = "a photo of a {c}"  # the caption of a class
 
 
@@ -155,8 +155,9 @@ def read_table(source):
     if not rows:
         raise DataError(f"{source}: holds no row with the path of a photo")
     print(
-        f"columns: {header}; captions are those named caption, text or title, with a number or "
-        f"without; a header, if there is one, names the paths {' or '.join(sorted(PATH_NAMES))}; "
+        f"columns: {header}; captions are those named caption, text or title, with a number, a "
+        "language's two letters or neither; a header, if there is one, names the paths "
+        f"{' or '.join(sorted(PATH_NAMES))}; "
         "all other columns are ignored"
     )
     photos = {}
@@ -233,6 +234,7 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
     --shard      samples a shard
     """
     source = Path(source)
+    folder = str(Path(folder))
     if not 0 <= test < 1 or shard < 1 or size < 0:
         raise DataError(
             f"--test {test}: must be a share from 0 to below 1, such as 0.1; --shard {shard}: must "
@@ -247,6 +249,8 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
     by_class = sorted(order, key=lambda n: photos[n][1].get("cls", ""))
     # At even distances in that list: so each class gives its share, drawn by chance.
     tested = {by_class[int(n / test)] for n in range(int(test * len(photos)))}
+    if test and not tested:
+        raise DataError(f"--test {test}: of {len(photos)} photos that is none")
     jobs = []
     shards = {}  # of each split
     for split in ("test", "train"):
@@ -257,11 +261,15 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
             shards[split] = first // shard + 1
     written = build(folder, described(classes, [PACK_TEMPLATE], shards), jobs)
     print(f"{folder}: {written} samples in {len(jobs)} shards; {len(photos) - written} left out")
-    print(
-        "next, with --method mae where photos have no captions, and a --batch-size of no more than "
-        f"there are photos:\npython mae_clip.py --data {folder!r} --out {folder + '-run'!r}"
-        f"{' --eval-data ' + repr(folder) if test else ''}"
-    )
+    bare = sum(not fields["txt"].strip() for _, fields, _ in photos)
+    flags = f"--data {folder!r} --out {folder + '-run'!r}"
+    if test:
+        flags += f" --eval-data {folder!r}"
+    if bare == len(photos):
+        flags += " --method mae"  # which alone needs no captions
+    if written - len(tested) < 256:
+        flags += f" --batch-size {max(2, written - len(tested))}"
+    print(f"{bare} photos have no caption; next:\npython mae_clip.py {flags}")
 
 
 def inspect(source):
@@ -272,8 +280,9 @@ def inspect(source):
     Exit code 1: something is wrong with some samples; 2: with most of them.
     """
     first = list(islice(read_samples(source), 5))
-    labelled = any("cls" in sample for sample in first)  # then samples need no caption
-    loader = Loader(source, 1, 1, None, 3, captions=not labelled)
+    # Labelled samples need no caption, nor do those for mae.
+    captioned = any(map(captions, first)) and not any("cls" in sample for sample in first)
+    loader = Loader(source, 1, 1, None, 3, captions=captioned)
     print(f"{loader.about()}; {loader.report()}")
     for sample in first:
         label = sample.get("cls", b"").decode(errors="replace").strip()

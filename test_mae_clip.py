@@ -2711,6 +2711,10 @@ def test_paths_with_colons_work_for_sets_too(tmp_path):
     (folder / "test" / "nshards.txt").write_text("1")
     (folder / "classnames.txt").write_text("cat\ndog\n")
     evaluation.check_sets(str(folder), "clip")
+    (folder / "test" / "nshards.txt").write_text("0")
+    with pytest.raises(DataError, match="says 0 shards"):
+        evaluation.check_sets(str(folder), "clip")
+    (folder / "test" / "nshards.txt").write_text("1")
     assert [label for _, _, label in evaluation.open_sets(str(folder))[0].samples("test")] == [1]
 
 
@@ -3157,6 +3161,7 @@ def test_pack_takes_the_columns_that_a_header_names_and_without_one_the_first_tw
         "0.jpg,a dog,64,0.3\n": ["a dog"],
         "image,text\n0.jpg,\n1.jpg\n": [],
         "image;text\n0.jpg;a dog, running\n": ["a dog, running"],
+        "path,caption_en,text_de,score\n0.jpg,a dog,ein Hund,3\n": ["a dog", "ein Hund"],
     }
     for n, (text, expected) in enumerate(tables.items()):
         (tmp_path / f"{n}.csv").write_text(text)
@@ -3196,7 +3201,8 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
     assert code == 0 and "or that lie beside the class folders {'.heic': 1, '.png': 1}" in said
     assert "folders without photos ['empty']" in said and "2 left out" in said
     assert "broken.png: image header" in err and "No such file" in err
-    assert f"python mae_clip.py --data '{out}' --out '{out}-run' --eval-data '{out}'" in said
+    wanted = f"--data '{out}' --out '{out}-run' --eval-data '{out}' --batch-size 15"
+    assert f"python mae_clip.py {wanted}\n" in said
     assert (out / "classnames.txt").read_text().split() == ["cat", "dog", "v1.0"]
     labels = {"train": [], "test": []}
     for split in labels:
@@ -3212,6 +3218,8 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
     code, _, err = command("pack", photos, tmp_path / "wrong", "--test", 10)
     assert code == 2 and "must be a share" in err
     (tmp_path / "head.csv").write_text("path,caption\n")
+    code, _, err = command("pack", photos, tmp_path / "wrong", "--test", 0.01)
+    assert code == 2 and "of 24 photos that is none" in err
     refusals = {
         "nowhere.csv": "No such file",
         "classes/empty": "no file in it, nor in its folders, ends in",
@@ -3268,8 +3276,10 @@ def test_pack_takes_a_folder_of_photos_without_captions(tmp_path):
 def test_photos_without_captions_are_a_test_set_for_mae_and_for_it_alone(tmp_path):
     photos_in(tmp_path / "photos", [f"{n}.jpg" for n in range(40)])
     out = tmp_path / "out"
-    said = command("pack", tmp_path / "photos", out, "--test", 0.25)[1]
-    assert f"--eval-data '{out}'" in said
+    said = command("pack", tmp_path / "photos", f"{out}/", "--test", 0.25)[1]
+    wanted = f"--data '{out}' --out '{out}-run' --eval-data '{out}' --method mae --batch-size 30"
+    assert "40 photos have no caption" in said and f"python mae_clip.py {wanted}\n" in said
+    assert command("inspect", out)[0] == 0
     flags = ("--scale", "tiny", "--data", out, "--eval-data", out, "--batch-size", 8, "--steps", 2)
     flags += ("--workers", 0, "--log-every", 1, "--out", tmp_path / "run")
     said = run(*flags, "--method", "mae", "--eval-every", 1).stdout

@@ -47,7 +47,7 @@ class Photos(EvalSet):
             if image and path.is_file() and not path.name.startswith("._"):
                 content = path.read_bytes()
                 try:
-                    data.open_image(content)
+                    data.decode(content)
                     yield str(path), content, []
                 except DataError as error:
                     say_once(f"left out: {path}: {error}")
