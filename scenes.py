@@ -162,8 +162,9 @@ def builtin(scenes, seed):
     """The folder of the built-in data in the cache; drawn where it is missing."""
     folder = cache_folder() / f"scenes-2-{scenes}-{seed}"
     try:
-        draw(folder, scenes, seed)
-    except (DataError, OSError):  # it is there already, or another process was faster
+        if not folder.exists():
+            draw(folder, scenes, seed)
+    except (DataError, OSError):  # another process was faster
         if not folder.exists():
             raise
     return folder

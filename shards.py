@@ -157,8 +157,7 @@ def read_table(source):
     print(
         f"columns: {header}; captions are those named caption, text or title, with a number, a "
         "language's two letters or neither; a header, if there is one, names the paths "
-        f"{' or '.join(sorted(PATH_NAMES))}; "
-        "all other columns are ignored"
+        f"{' or '.join(sorted(PATH_NAMES))}; all other columns are ignored"
     )
     photos = {}
     for line, row in rows:
@@ -267,8 +266,9 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
         flags += f" --eval-data {folder!r}"
     if bare == len(photos):
         flags += " --method mae"  # which alone needs no captions
-    if written - len(tested) < 256:
-        flags += f" --batch-size {max(2, written - len(tested))}"
+    left = written - len(tested)  # for training
+    if left < 256:
+        flags += f" --batch-size {max(2, left)}"
     print(f"{bare} photos have no caption; next:\npython mae_clip.py {flags}")
 
 
