@@ -290,10 +290,11 @@ def whole_samples(source, labelled=False):
 
 def split_shards(folder, split):
     """The shards of a split of a folder in CLIP_benchmark's layout."""
-    count = int(Path(folder, split, "nshards.txt").read_text("utf-8-sig"))
-    if count < 1:
-        raise DataError(f"{folder}/{split}/nshards.txt: says {count} shards; 1 or more are needed")
-    return [f"{folder}/{split}/{number}.tar" for number in range(count)]
+    path = Path(folder, split, "nshards.txt")
+    count = path.read_text("utf-8-sig").strip() if path.exists() else "no such file"
+    if not count.isdecimal() or count == "0":
+        raise DataError(f"{path}: says {count!r:.40}, where a number of shards is needed")
+    return [f"{folder}/{split}/{number}.tar" for number in range(int(count))]
 
 
 # --- Images ---------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import sys
-import textwrap
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -307,6 +306,11 @@ class EvalSet:
         """The source without what may be secret in a command."""
         return data.public(self.source)
 
+    def splits(self):
+        """The names of its splits: test and, of a labelled folder that has it, train."""
+        trains = self.classes and Path(self.source, "train").is_dir()
+        return ["test", "train"] if trains else ["test"]
+
     def samples(self, split):
         """-> iterator of (key, image bytes, class or list of captions)."""
         if self.classes:
@@ -367,17 +371,26 @@ def named(function, name, content):
 
 
 def check_sets(sources, method, whole=False):
-    """DataError where a set is missing, or a header (whole: an image), class or caption of its test
-    split does not fit."""
+    """DataError where a set is missing, or a header (whole: an image), class or caption of it does
+    not fit; says which scores there will not be."""
     read = data.decode if whole else data.open_image
     for dataset in open_sets(sources):
-        for key, content, target in dataset.samples("test"):
-            name = f"{dataset.name}: {key}"
-            named(read, name, content)
-            if target == [] and method != "mae":
-                raise DataError(f"{name}: has no caption; --method {method} is scored with them")
-            if dataset.classes and target >= len(dataset.classes):
-                raise DataError(f"{name}: class {target} (from 0) of {len(dataset.classes)}")
+        for split in dataset.splits():
+            count = 0
+            for key, content, target in dataset.samples(split):
+                name = f"{dataset.name}: {key}"
+                named(read, name, content)
+                if target == [] and method != "mae":
+                    raise DataError(
+                        f"{name}: has no caption; --method {method} is scored with them"
+                    )
+                if dataset.classes and target >= len(dataset.classes):
+                    raise DataError(f"{name}: class {target} (from 0) of {len(dataset.classes)}")
+                count += 1
+            if not count:
+                raise DataError(f"{dataset.name}: no sample in {split}")
+            if not dataset.classes and count < 10 and "contrastive" in mae_clip.METHODS[method]:
+                say(f"{dataset.name}: {count} images; there will be no recall, which needs 10")
 
 
 # --- Features -------------------------------------------------------------------------------------
@@ -458,10 +471,11 @@ def reconstructions(model, tokenizer, dataset, limit):
 
 
 def picture(model, tokenizer, dataset, path, count=8):
-    """Draws the reconstructions of a captioned set's first images."""
+    """Draws the reconstructions of a captioned set's first images -> True."""
     found = reconstructions(model, tokenizer, dataset, count)
     pictures.draw_reconstructions(model.config, tokenizer or data.Tokenizer([]), found, path)
     say(f"the picture is {path}; in captions, escapes stand for other letters than ASCII")
+    return True
 
 
 # --- Scores of a model on a set -------------------------------------------------------------------
@@ -545,6 +559,9 @@ def score_probe(probe, model, tokenizer, dataset, encoded):
     """-> {acc1} of linear_probe or knn on the pooled features."""
     test = encoded("test")
     train = encoded("train")
+    missing = sorted(set(test.targets) - set(train.targets))
+    if missing:
+        raise DataError(f"its train split has no image of {dataset.classes[missing[0]]!r}")
     hits = probe(train.pooled, train.targets, test.pooled, test.targets)["hits"]
     return {"acc1": Score(hits, np.ones(len(hits)), 1 / len(dataset.classes))}
 
@@ -618,7 +635,7 @@ def misfit(task, model, dataset):
             return f"{dataset.name} is a labelled folder; {task} needs captioned shards"
     elif not dataset.classes:
         return f"{dataset.name} is no labelled folder, which {task} needs"
-    elif task != "zero_shot" and not Path(dataset.source, "train").is_dir():
+    elif task != "zero_shot" and "train" not in dataset.splits():
         return f"{dataset.name} has no train split, train/0.tar ... and train/nshards.txt"
     return ""
 
@@ -660,67 +677,18 @@ def results_of(model, tokenizer, datasets, tasks):
 
 def evaluate(model, tokenizer, eval_data, out=None):
     """Scores a trained model, in eval mode from now on, on SETs joined by `::`, by all tasks that
-    fit but k-NN, and draws, where there is a decoder, the first captioned set to
+    fit but k-NN, and draws, where there is a decoder, the first captioned set of good images to
     out/reconstructions.png. What fails costs itself alone and a line -> what results_of gives."""
     model.eval()
     datasets = open_sets(eval_data)
     tasks = [task for task in TASKS if task != "knn"]
     results = results_of(model, tokenizer, datasets, tasks)
-    captioned = [dataset for dataset in datasets if not dataset.classes]
-    if out and captioned and model.has_decoder:
-        path = Path(out) / "reconstructions.png"
-        attempt("picture", picture, model, tokenizer, captioned[0], path)
+    for dataset in datasets:
+        if out and model.has_decoder and not dataset.classes:
+            path = Path(out) / "reconstructions.png"
+            if attempt("picture", picture, model, tokenizer, dataset, path):
+                break
     return results
-
-
-@torch.no_grad()
-def losses_on(dataset, model, tokenizer, config, device, autocast):
-    """The terms of the loss and their sum on captioned shards, in whole batches of the training's
-    size, or of all pairs that the ranks can share evenly if these are fewer, by masks that are
-    always the same -> {term: value}, empty of too few. To be called on all ranks: each takes its
-    part of a batch."""
-    rank, world = mae_clip.ranks()
-    count = sum(1 for _ in dataset.samples("test"))
-    part = min(config.batch_size, count) // world
-    if not part:
-        return {}
-    rows = part * world
-    own = slice(rank * part, (rank + 1) * part)
-    limit = count // rows * rows
-    found = []
-    batches = image_batches(dataset, "test", config.image_size, limit, rows)
-    for number, (images, captions) in enumerate(batches):
-        first = [(texts or [""])[0] for texts in captions[own]]
-        tokens = (tokenizer or data.Tokenizer([])).batch(first, config.context)
-        batch = data.Batch(images[own], tokens, ())
-        with autocast:
-            terms = model(*mae_clip.training_batch(config, number, batch, device))
-        found.append(torch.stack([*terms.values()]))
-    means = torch.stack(found).mean(dim=0).tolist()
-    return dict(zip([*config.weights(), "loss"], means, strict=True))
-
-
-@torch.compiler.set_stance("force_eager")  # other shapes than training's are not worth compiling
-def validation(model, tokenizer, config, device, autocast):
-    """Scores a model that is still being trained, on --eval-data: the losses on the first captioned
-    set; on rank 0 also zero-shot accuracy and recall@10 -> {name: value}, which is shown, too. It
-    draws no random number of torch's and changes nothing."""
-    found = {}
-    datasets = open_sets(config.eval_data)
-    captioned = [dataset for dataset in datasets if not dataset.classes]
-    if captioned:
-        found = losses_on(captioned[0], model, tokenizer, config, device, autocast)
-    if mae_clip.ranks()[0] == 0:
-        results = results_of(model, tokenizer, datasets, ["zero_shot", "retrieval"])
-        for task, entry in results.items():
-            for name in ("acc1", "image_retrieval_recall@10", "text_retrieval_recall@10"):
-                if name in entry["chance"]:
-                    found[f"{task} {name}"] = entry[name]
-        if not found:
-            say_once("--eval-every: no set of --eval-data has scores for this method")
-        shown = "; ".join(f"{name} {value:.3f}" for name, value in found.items())
-        tqdm.write(textwrap.fill(f"validation {shown}", 80, subsequent_indent=" " * 11))
-    return found
 
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -971,7 +939,9 @@ def run(argv):
     if flags:
         raise DataError(f"{args.command} has no flag {flags[0]}; see --help")
     device = scoring_device(args.device)
-    if args.labels and args.command == "zero-shot":
+    if args.labels and args.command != "zero-shot":
+        raise DataError(f"{args.command} takes no --labels; zero-shot classifies a photo by them")
+    if args.labels:
         return classify_photo(args.paths, args.labels, device)
     if not args.data:
         raise DataError(f"{args.command} needs --data (for one photo: zero-shot with --labels)")

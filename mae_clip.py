@@ -1333,7 +1333,7 @@ def log(run, rows, seconds, waited):
 def fit(run, net, device, autocast):
     """Trains to --steps or --stop-after -> the number of the signal that stopped it before, or
     0."""
-    from eval import validation  # here, since eval.py builds on this file
+    from validation import validation  # here, since that file builds on this one
 
     config = run.config
     rank, _ = ranks()

@@ -46,7 +46,7 @@ from data import (
 from machine import lock_file
 
 # --- Making shards --------------------------------------------------------------------------------
-PATH_NAMES = {"path", "filepath", "image", "file_name"}  # of columns
+PATH_NAMES = "path filepath image file_name filename image_path".split()  # of columns
 TEXT_NAME = re.compile(r"(caption|text|title)s?[_ ]?(\d*|[a-z]{2})")  # caption_1, caption_en
 PACK_TEMPLATE = "a photo of a {c}"  # the caption of a class
 
@@ -128,17 +128,32 @@ def described(classes, templates, shards, where=""):
     return texts
 
 
+def columns_of(row):
+    """The cells of a first row as names of columns."""
+    return [cell.strip(' "\ufeff\n').lower().replace(" ", "_") for cell in row]
+
+
+def delimiter_of(source):
+    """What parts the cells of a csv: in its first line either a column of paths has a name, or the
+    first cell is a path."""
+    with source.open(errors="replace") as file:
+        start = file.readline()
+    for delimiter in ",;\t":  # semicolons are written in many countries
+        cells = start.split(delimiter)
+        path = source.parent / cells[0].strip('\ufeff"').replace("\0", "")
+        if set(columns_of(cells)).intersection(PATH_NAMES) or path.is_file():
+            return delimiter
+    return next((delimiter for delimiter in ",;\t" if delimiter in start), ",")
+
+
 def read_table(source):
     """A csv or tsv of paths and captions -> (path, fields, name for messages) of photos, each once
     however its path is written. A first row with the name of a path's column is a header; without
     one the first two columns count."""
-    with source.open(errors="replace") as file:
-        start = file.readline()
-    style = {"strict": True}
     if source.suffix == ".tsv":  # there quotes are part of the text
         style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    elif ";" in start and "," not in start:  # as spreadsheets write it in many countries
-        style |= {"delimiter": ";"}
+    else:
+        style = {"delimiter": delimiter_of(source), "strict": True}
     try:
         with source.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, **style)
@@ -147,8 +162,8 @@ def read_table(source):
         raise DataError(
             f"{source}: no csv in UTF-8, read up to line {reader.line_num}: {error}"
         ) from None
-    header = [name.strip().lower() for name in rows[0][1]] if rows else []
-    if PATH_NAMES.intersection(header):
+    header = columns_of(rows[0][1]) if rows else []
+    if set(header).intersection(PATH_NAMES):
         del rows[0]
     else:
         header = ["path", "caption"]
@@ -157,7 +172,7 @@ def read_table(source):
     print(
         f"columns: {header}; captions are those named caption, text or title, with a number, a "
         "language's two letters or neither; a header, if there is one, names the paths "
-        f"{' or '.join(sorted(PATH_NAMES))}; all other columns are ignored"
+        f"{' or '.join(PATH_NAMES)}; all other columns are ignored"
     )
     photos = {}
     for line, row in rows:
@@ -229,11 +244,14 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
                  captions; or a folder of photos, without captions
     folder       new folder for the shards
     --size       short side in pixels to which larger photos shrink; 0: they stay as they are
-    --test       share of the photos for the test split, drawn by chance, from 0 to below 1
+    --test       share of the photos, from 0 to below 1, for the test split: drawn by chance, of
+                 every class with two photos or more at least one
     --shard      samples a shard
     """
     source = Path(source)
     folder = str(Path(folder))
+    if not source.exists():
+        raise DataError(f"{source}: no such file or folder")
     if not 0 <= test < 1 or shard < 1 or size < 0:
         raise DataError(
             f"--test {test}: must be a share from 0 to below 1, such as 0.1; --shard {shard}: must "
@@ -245,9 +263,15 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
     else:
         photos = read_table(source)
     order = np.random.default_rng(0).permutation(len(photos)).tolist()
-    by_class = sorted(order, key=lambda n: photos[n][1].get("cls", ""))
-    # At even distances in that list: so each class gives its share, drawn by chance.
-    tested = {by_class[int(n / test)] for n in range(int(test * len(photos)))}
+    by_class = {}
+    for n in order:
+        by_class.setdefault(photos[n][1].get("cls"), []).append(n)
+    tested = set()
+    for own in by_class.values():  # some of each class, and some are left for training
+        count = round(test * len(own))
+        if classes and test:
+            count = min(max(1, count), len(own) - 1)
+        tested.update(own[:count])
     if test and not tested:
         raise DataError(f"--test {test}: of {len(photos)} photos that is none")
     jobs = []
@@ -316,7 +340,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser("data.py", description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in functions.items():
-        command = commands.add_parser(name, description=function.__doc__, formatter_class=layout)
+        text = function.__doc__
+        first = text.split("\n")[0]
+        command = commands.add_parser(name, help=first, description=text, formatter_class=layout)
         for argument, parameter in signature(function).parameters.items():
             value = parameter.default
             if value is parameter.empty:

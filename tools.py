@@ -28,6 +28,7 @@ from eval import (
     encode_texts,
     format_table,
     open_sets,
+    run_folder,
     say,
     say_once,
     scoring_device,
@@ -70,6 +71,14 @@ def open_images(sources):
 
 
 # --- Commands: flags in, what is printed out ------------------------------------------------------
+POSITIONAL = {
+    "CHECKPOINT": "a file or a run's folder, whose newest one counts",
+    "SENTENCE": "what is looked for",
+    "FILE": "file to write",
+    "RUN": "a run's folder",
+}
+
+
 def parse(command, flags, positional, out, sets=True):
     """The values of a command's flags; positional: its names; out: what --out is when not given;
     sets: does it read --data."""
@@ -80,13 +89,17 @@ def parse(command, flags, positional, out, sets=True):
         allow_abbrev=False,
     )
     for name in positional:
-        parser.add_argument(name.lower(), metavar=name, nargs="+" if name == "RUN" else None)
+        parser.add_argument(
+            name.lower(), metavar=name, nargs="+" if name == "RUN" else None, help=POSITIONAL[name]
+        )
     if sets:
         parser.add_argument("--data", required=True, help="SETs, joined by ::")
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     if out:
-        parser.add_argument("--out", default=out, help="file to write (default: %(default)s)")
+        parser.add_argument("--out", help=f"file to write (default: {out} in the run's folder)")
     args = parser.parse_args(flags)
+    if out and not args.out:
+        args.out = str(run_folder(vars(args).get("checkpoint") or args.run[0]) / out)
     if out and not Path(args.out).parent.is_dir():
         raise DataError(f"--out {args.out}: there is no such folder")
     return args
