@@ -182,7 +182,7 @@ def opened(shard):
 def grouped(file):
     """Yields the samples of a tar as key, {field: (offset, size)}, by webdataset's rule: the key is
     the path up to the first dot of the base name, the field is the rest in lower case, and members
-    of a sample are adjacent; of a field that comes twice the first counts. DataError at the end
+    of a sample are adjacent; a field that comes twice begins another sample. DataError at the end
     where the tar breaks off or has no sample."""
     key = ""
     sample = {}
@@ -199,11 +199,12 @@ def grouped(file):
                 name = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", info.name)
                 if not info.isreg() or not name or LEFT_OUT.search(info.name):
                     continue
-                if sample and key != name[1]:
+                field = name[2].lower()
+                if sample and (key != name[1] or field in sample):
                     yield key, sample
                     sample = {}
                 key = name[1]
-                sample.setdefault(name[2].lower(), (info.offset_data, info.size))
+                sample[field] = (info.offset_data, info.size)
                 cause = None
             # tarfile stops at a damaged or missing header as at the end. A true end is zeros.
             rest = read(file, tar.offset, 1 << 20)
@@ -578,7 +579,7 @@ def index_shard(job):
     about = os.stat(path)
     # Inode and time of change tell a shard that was rewritten with equal size and date.
     times = f"{about.st_mtime_ns} {about.st_ctime_ns} {about.st_ino}"
-    state = f"6 {os.path.abspath(path)} {about.st_size} {times} {captioned}"
+    state = f"7 {os.path.abspath(path)} {about.st_size} {times} {captioned}"
     name = hashlib.sha256(os.fsencode(state)).hexdigest()
     with open(path, "rb") as file:
         keys, rows, bad = cached(f"index/{name[:32]}.json", lambda: index(file, path, captioned))

@@ -19,6 +19,7 @@ Rates lie in 0..1. Letters: n images, m texts, D width, E embedding, C classes, 
 """
 
 import argparse
+import glob
 import json
 import math
 import sys
@@ -319,7 +320,8 @@ class EvalSet:
 
 
 def open_folder(folder):
-    """A folder in CLIP_benchmark's layout, labelled or captioned -> EvalSet; else DataError."""
+    """A folder in CLIP_benchmark's layout, labelled or captioned, or of captioned shards none of
+    which is for training -> EvalSet; else DataError."""
 
     def lines(name):
         path = folder / name
@@ -332,6 +334,8 @@ def open_folder(folder):
         raise DataError(f"{folder}/test/nshards.txt: {shards!r:.40} is no number of shards")
     if shards and not classes:
         return EvalSet(f"{folder}/test/{{0..{int(shards) - 1}}}.tar")
+    if not classes and any(folder.glob("*.tar")) and not any(folder.glob("train*")):
+        return EvalSet(f"{glob.escape(str(folder))}/*.tar")
     if len(classes) < 2:
         raise DataError(
             f"{folder}: is no test set, which needs 2 lines in classnames.txt, or captions and "

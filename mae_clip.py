@@ -21,10 +21,11 @@ By default mae_clip sends each image and its caption through the same weights tw
                                                        +-> decoder --+
                      visible tokens --> text encoder --+             +-> removed tokens: text loss
 
-In pass 2 a quarter of each is visible, unless told otherwise. What is removed from it reaches no
-block of an encoder; the decoder gets a mask token in its place. clip is pass 1 alone, mae the image
-half of pass 2. In m3ae one trunk encodes visible patches and visible tokens together. slip is pass
-1 and two augmented views that must find each other.
+In pass 2 a quarter of the patches and about a quarter of the words are visible, unless told
+otherwise. A removed patch or token reaches no block of an encoder; the decoder gets a mask token in
+its place. clip is pass 1 alone, mae the image half of pass 2. In m3ae one trunk encodes visible
+patches and visible tokens together. slip is pass 1 and two augmented views that must find each
+other.
 
 Letters for shapes: B batch (G over all ranks), H and W an image's height and width, P a patch's
 side, N patches, T tokens, K kept, R removed, D width, E embedding, V vocabulary. In a mask of
@@ -79,7 +80,7 @@ class ModelConfig:
     text_depth: int = 1  # blocks of the text tower
     text_heads: int = 3  # attention heads of the text tower
     context: int = 16  # tokens a caption, SOT and EOT included
-    vocab_size: int = 512  # token ids: the most to learn; with --tokenizer that file's number
+    vocab_size: int = 512  # token ids: so many are learned at most; a given tokenizer has its own
     embed: int = 64  # width of the space that images and captions share
     decoder_width: int = 64  # of the decoder's tokens (MAE: 512)
     decoder_depth: int = 1  # blocks of the decoder (MAE: 8)
@@ -143,7 +144,7 @@ def sincos_2d(width, rows, cols):
     half holds sines, then cosines, of position / 10000^(k / (width/4)) for k = 0 ... width/4 - 1.
     """
     step = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
-    # Of all patches, row by row, the row and the column: (rows*cols,) each.
+    # Which row and which column each patch is in: (rows*cols,) both.
     row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).T
     codes = []
     for place in (column, row):
@@ -191,8 +192,8 @@ def random_text_mask(noise, tokens, ratio):
     noise (B,T) in 0..1, tokens (B,T) -> keep (B,K) positions of SOT, EOT, what stays, then padding;
     mask (B,T) bool, True where removed, which SOT, EOT and padding never are.
 
-    Every position gets a sort key, and `place` is its rank by that key (of equal keys either may
-    come first). For example, with T = 16 and ratio 0.75:
+    Every position gets a sort key, and `place` is its rank by that key. For example, with T = 16
+    and ratio 0.75 (SOT and EOT may also change places, and so may any two of padding):
 
         position    0    1     2     3     4    5 to 15
         token       SOT  a     b     c     EOT  padding
@@ -214,8 +215,8 @@ def random_text_mask(noise, tokens, ratio):
     # The first argsort lists the positions by their keys; the argsort of that list is the place of
     # each position in it.
     place = order.argsort(dim=1).argsort(dim=1)
-    # kept_of_length[n]: of n tokens, and SOT and EOT, how many are kept. Python's floats decide it,
-    # so float32 rounding plays no part.
+    # kept_of_length[n]: how many positions stay of a caption with n tokens between SOT and EOT,
+    # these two included. Counted in Python's floats, so float32 rounding plays no part.
     kept_of_length = [2 + kept_count(length, ratio) for length in range(T - 1)]
     # Between SOT and an EOT at position `end` stand end - 1 tokens.
     kept = torch.tensor(kept_of_length, device=tokens.device)[end - 1]  # (B,1)
@@ -232,13 +233,13 @@ def random_text_mask(noise, tokens, ratio):
 class Masked(NamedTuple):
     """What the masked pass knows of one modality (N stands for patches or tokens).
 
-    `removed` has R = N - K slots. Patches fill them all, and so do the tokens of a full caption. A
-    shorter caption may lose fewer tokens. Its last slots are then spare: they name positions that
-    were not removed, where `mask` is False.
+    `removed` has R = N - K columns, the slots: a removed position in each. Of a short caption fewer
+    than R tokens are removed. Its last slots are then spare: they hold positions that were not
+    removed, where `mask` is False, so that no loss counts them.
     """
 
     keep: torch.Tensor  # (B,K) positions that the encoder sees
-    removed: torch.Tensor  # (B,R) positions to predict, and the spare ones
+    removed: torch.Tensor  # (B,R) the other positions: to predict, or spare
     real: torch.Tensor  # (B,N) bool, False at padding; None for patches, which have none
     mask: torch.Tensor  # (B,N) bool, True where removed
 
@@ -382,10 +383,11 @@ class TextEmbedding(nn.Module):
 
 
 def no_padding(tokens, position=None):
-    """tokens (B,T), position (B,K) in them, None for all T -> (B,T or K) bool, True up to EOT."""
+    """tokens (B,T), position (B,K) or None for all T -> (B,K) or (B,T) bool: are these positions
+    of the captions at EOT or before."""
     if position is None:
         position = torch.arange(tokens.shape[1], device=tokens.device)
-    return position <= caption_end(tokens)  # (T,) or (B,K) against (B,1)
+    return position <= caption_end(tokens)  # that is (B,1)
 
 
 class TextEncoder(nn.Module):
@@ -450,9 +452,10 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, image_masked, encoded_image, text_masked, encoded_text):
-        """image_masked, encoded_image: Masked and (B,1+K,D), CLS first; both None without images;
-        text_masked, encoded_text: Masked and (B,K,D), with another K and D; both None without text
-        -> pixels (B,R,P*P*3), logits (B,R,V) for the slots of `removed`, or None.
+        """image_masked: Masked; encoded_image (B,1+K,D), CLS first. text_masked: Masked;
+        encoded_text (B,K,D), where K and D are the text's own. None, both of a pair, for a modality
+        that is not decoded -> pixels (B,R,P*P*3), logits (B,R,V) for the slots of `removed`; None
+        for that modality.
         """
         parts = []
         if image_masked is not None:
@@ -463,7 +466,7 @@ class Decoder(nn.Module):
         if text_masked is not None:
             parts.append(self.text.enter(encoded_text, text_masked))
             real = F.pad(text_masked.real, (before, 0), value=True)
-        x = torch.cat(parts, dim=1)  # (B,1+N+T,width) where nothing is left out
+        x = torch.cat(parts, dim=1)  # (B,1+N+T,width) with images and text
         for block in self.blocks:
             x = block(x, real)
         x = self.norm(x)
@@ -503,7 +506,8 @@ def contrastive_loss(image_features, text_features, scale):
         own = own_rows(images)  # where this rank's pairs stand among those of all ranks
         image_to_text = F.cross_entropy(scale * images @ gather(texts).T, own)
         text_to_image = F.cross_entropy(scale * texts @ gather(images).T, own)
-    # That two GPUs give one GPU's loss and gradient is shown below, before `gather`.
+    # A mean over ranks, each of which has a part of the rows; why two GPUs then give the loss and
+    # the gradient of one is shown below, before `gather`.
     return of_all_ranks((image_to_text + text_to_image) / 2).mean()
 
 
@@ -559,14 +563,15 @@ def simclr_loss(a, b, temperature=0.1):
 # or views, or errors of removed positions) and, where rows must find each other, from the gathered
 # features of all. of_all_ranks gathers these parts, and their mean (in masked_mean their sum over
 # the count of all) is the loss L of the whole batch: the same number on every rank.
-# Backward. Each of the n ranks starts from its own copy of L, which sends dL/dl_w to the part l_w;
-# the backward pass of the gather sums over the ranks, so l_w receives n dL/dl_w. Every part may
+# Backward. Each of the n ranks computes L, and in its backward pass each sends dL/dl_w to the part
+# l_w. The backward pass of the gather adds these up, so l_w receives n dL/dl_w. Every part may
 # have used a row r, so r receives the sum over w of n (dL/dl_w) (dl_w/dr), which is n dL/dr.
 # A parameter p, of which every rank has a copy, then receives on rank w, from that rank's rows,
 #     g_w = sum over the rows r of rank w of n (dL/dr) (dr/dp),
 # and the mean over ranks, which DistributedDataParallel takes, is that of one GPU with all rows:
 #     (g_1 + ... + g_n) / n = sum over all rows r of (dL/dr) (dr/dp) = dL/dp.
-# The logit scale enters each part directly: for it the same sums hold with l_w in place of r.
+# The logit scale enters each part directly. On rank w it receives g_w = n (dL/dl_w) (dl_w/dp), and
+# the mean of these is dL/dp again.
 # All ranks must call a loss together. encode_image, encode_text and reconstruct call none of this.
 
 
@@ -579,8 +584,8 @@ def gather(x):
     """(B,...) -> (G,...): the rows of all ranks, in their order, with gradient."""
     if not dist.is_initialized():
         return x
-    # chunk(1)[0] is the identity. Its backward pass makes the gradient contiguous in memory, as
-    # all_gather's own needs it before torch 2.13.
+    # chunk(1)[0] changes nothing here, but in the backward pass: there it makes the gradient
+    # contiguous in memory, as all_gather's own backward pass needs it before torch 2.13.
     return all_gather(x, 0, dist.group.WORLD).chunk(1)[0]
 
 
@@ -634,7 +639,8 @@ class MAECLIP(nn.Module):
         self.terms = terms  # {term: weight} of what is computed
         self.one_trunk = config.method == "m3ae" and "text" in terms
         self.has_decoder = "image" in terms or "text" in terms
-        # Drawn first: making layers draws random numbers too, how many depends on the method.
+        # Drawn first: layers draw random numbers when they are made, and how many depends on the
+        # method.
         seed = torch.randint(2**31, (), device="cpu").item()
         self.image_encoder = ImageEncoder(config)
         if self.one_trunk:
@@ -661,7 +667,7 @@ class MAECLIP(nn.Module):
             if "token" in name or "position" in name:
                 nn.init.normal_(parameter, std=0.02, generator=generator)
             elif parameter.ndim > 1:  # the patch convolution counts as a matrix
-                nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)  # a view
+                nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)  # in place
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             # Norms' weights stay 1, and the logit scale stays as it was made.
@@ -693,7 +699,7 @@ class MAECLIP(nn.Module):
         """Removes patches and tokens, encodes what is left, predicts the rest ->
         image_masked, text_masked: Masked; None for a modality whose reconstruction has no weight;
         encoded_image: (B,1+K,D), or None;
-        pixels, logits: as from Decoder. m3ae must have image weight, as Config checks."""
+        pixels, logits: as from Decoder. m3ae needs an image weight above 0: see Config below."""
         image_masked = text_masked = encoded_image = encoded_text = None
         if "image" in self.terms:
             keep, mask = random_mask(image_noise, self.config.mask_ratio)
@@ -869,7 +875,7 @@ CHOICES = {
     "precision": ["auto", "fp32", "bf16"],
     "optimizer": ["muon", "adamw"],
 }
-# The least values allowed. Of a setting that is not listed: 1 if it is an int, 0 if a float.
+# The least value allowed of each setting. One that is not listed here: 1 of an int, 0 of a float.
 LOWEST = {"batch_size": 2, "crop": 0.01, "context": 3, "vocab_size": 259}
 LOWEST |= dict.fromkeys("seed data_seed samples stop_after warmup workers eval_every".split(), 0)
 SHARES = "mask_ratio text_mask_ratio contrastive_mask_ratio crop".split()
@@ -935,8 +941,8 @@ class Config(ModelConfig):
             terms.discard("image")  # no patch is removed, so none is predicted
         if terms <= {"text"}:  # text alone, or nothing
             raise ValueError(
-                f"--method {self.method}: no term with images in it has weight above 0 and, "
-                f"at --mask-ratio {self.mask_ratio}, something to predict in {patches} patches"
+                f"--method {self.method}: nothing would be learned of images: their terms have "
+                f"weight 0, or --mask-ratio {self.mask_ratio} removes none of {patches} patches"
             )
 
 
@@ -1011,8 +1017,9 @@ def learning_rate(step, config):
 
 class Muon(torch.optim.Optimizer):
     """Moves matrices along their orthogonalised momentum (Jordan et al. 2024), by steps of
-    AdamW's size. torch.optim.Muon computes in bfloat16, which a CPU without AVX512-BF16 or AMX
-    emulates: two seconds for its step at `small`, where float32 takes 0.03 to 0.6."""
+    AdamW's size. It computes in float32, torch.optim.Muon in bfloat16, which a CPU without
+    AVX512-BF16 or AMX emulates: its step at `small` took two seconds there, this one's 0.03 to
+    0.6."""
 
     @torch.no_grad()
     def step(self):
@@ -1024,8 +1031,8 @@ class Muon(torch.optim.Optimizer):
             momentum.lerp_(gradient, 0.05)  # 0.95 of the momentum, 0.05 of the gradient
             # Nesterov's look ahead: 0.05 of the gradient, 0.95 of the new momentum.
             direction = orthogonalise(gradient.lerp(momentum, 0.95))
-            # The root mean square of entries is about 0.2 in a step of AdamW, and 1 / sqrt(longer
-            # side) in an orthogonal matrix. This factor turns the second into the first.
+            # An orthogonal matrix's entries have a root mean square of 1 / sqrt(longer side). This
+            # factor makes it 0.2, which is about that of a step of AdamW.
             size = 0.2 * max(parameter.shape) ** 0.5
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.sub_(direction, alpha=group["lr"] * size)
@@ -1051,7 +1058,7 @@ def make_optimizers(model, config):
         if parameter.ndim == 1 or not name.endswith("weight"):
             no_decay.append(parameter)  # biases, norms, CLS, mask tokens, positions, logit scale
         elif parameter.ndim == 2 and "token" not in name and config.optimizer == "muon":
-            matrices.append(parameter)  # of linear layers: the table token.weight is none
+            matrices.append(parameter)  # of linear layers; `token` is the table of embeddings
         else:
             others.append(parameter)
     decay = config.weight_decay
@@ -1170,7 +1177,7 @@ def load(path, device="cpu"):
 def open_run(config):
     """-> the state of the newest checkpoint in the run's folder, None where it has none. DataError
     where the folder holds a run (its config.json) and --resume was not given, or where that run's
-    settings differ in more than MAY_CHANGE."""
+    settings differ in more than MAY_CHANGE, but for the --steps of one that is finished."""
     out = Path(config.out)
     if not config.resume and (out / "config.json").exists():
         raise DataError(f"{out}: holds a run; add --resume to go on, or give another --out")
@@ -1180,7 +1187,7 @@ def open_run(config):
         return None
     state = read_checkpoint(checkpoints(out)[0])
     then = plain(state["config"])
-    # Finished, and now to be longer.
+    # The run was finished and shall now be longer.
     if config.steps > state["step"] == then["steps"]:
         print(
             f"trained for {then['steps']:,} steps, and now for more: the learning rate rises to "
@@ -1201,9 +1208,9 @@ def open_run(config):
 
 
 def open_data(config, state, merges=None):
-    """state: what open_run found; merges: of the tokenizer that --init brings -> the training
-    Loader with its tokenizer; the config with the tokenizer's vocab_size and, where no data was
-    given, the built-in data and its sets."""
+    """state: what open_run found; merges: those of the tokenizer that --init brings. Returns two
+    things: the training Loader with its tokenizer, and the config, in which vocab_size is the
+    tokenizer's and, where no data was given, data and sets are the built-in ones."""
     rank, world = ranks()
     if config.batch_size % world:
         raise DataError(
@@ -1338,11 +1345,11 @@ def fit(run, net, device, autocast):
     config = run.config
     rank, _ = ranks()
     last = min(config.steps, config.stop_after or config.steps)
-    # A stream's batches start at a shard, number `position`. Those of local shards, where position
-    # is always 0, start at a step.
+    # A stream goes on at a shard, number `position`; local shards, where that is always 0, at a
+    # step.
     batches = run.loader.batches(run.loader.position or run.step)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
-    whole = True  # False while the weights are between two steps
+    whole = True  # False from a step's begin until it is counted and logged: not to be saved
     # disable=None hides the bar where stderr is no terminal.
     bar = tqdm(total=config.steps, initial=run.step, disable=rank > 0 or None)
     with Signals() as signals, bar:
@@ -1367,13 +1374,13 @@ def fit(run, net, device, autocast):
                     if log(run, rows, seconds, waited):
                         run.seconds += seconds
                         since, waited, rows = time.time(), 0.0, []
-                whole = True  # where no loss of ten steps or more was finite, log has raised
+                whole = True
                 if config.eval_every and run.step % config.eval_every == 0:
                     began = time.time()
                     found = validation(run.model, run.loader.tokenizer, config, device, autocast)
                     write_record(run, {"step": run.step, "validation": found})
                     since += time.time() - began  # training has not gone on meanwhile
-                # All processes stop at the same step, with one word of 16 bytes at each.
+                # At each step the ranks tell each other two numbers, so that all stop at the same.
                 news = torch.tensor([[signals.came, run.loader.position]], device=device)
                 came, run.position = gather(news).amax(dim=0).tolist()
                 if run.step < last:  # after the last step there is nothing to stop
@@ -1382,7 +1389,7 @@ def fit(run, net, device, autocast):
                     save_checkpoint(run)
         except Interrupted:
             stopped = signals.came
-        finally:  # whatever ends the loop, its last whole step is saved
+        finally:  # whatever ended the loop, unless it came in the middle of a step
             if rank == 0 and whole:
                 save_checkpoint(run)
     return stopped
@@ -1392,7 +1399,7 @@ def train(config):
     """One run, from its first step or its newest checkpoint to its results -> the exit code."""
     device, autocast = pick_device(config)
     if "WORLD_SIZE" in os.environ:
-        # A long time to wait for each other: rank 0 scores alone. torchrun ends who waits in vain.
+        # A long time to wait, as rank 0 scores alone. If a rank fails, torchrun ends the others.
         dist.init_process_group(timeout=timedelta(days=1))
     with own_folder(config.out):
         stopped = train_in_folder(config, device, autocast)
@@ -1411,7 +1418,7 @@ def train_in_folder(config, device, autocast):
     state = from_first(open_run, config)
     start = {} if state else read_weights(config.init)
     loader, config = open_data(config, state, start.get("merges"))
-    # A missing set, a header, class or caption that does not fit: now, not after the training.
+    # So that a set that is missing or does not fit ends the run now, not after the training.
     check_sets(config.eval_data, config.method, config.eval_every > 0)
     settings = {flag(name): value for name, value in plain(config).items() if name not in OWN}
     tokenizer = loader.tokenizer and loader.tokenizer.merges
@@ -1443,7 +1450,7 @@ def train_in_folder(config, device, autocast):
 
 
 def finish(run):
-    """Scores a run that has come to its last step; says what it is now."""
+    """Scores a run that has come to its last step, or says how it goes on."""
     from eval import evaluate, format_results
 
     config = run.config
@@ -1502,7 +1509,8 @@ def main(argv=None):
 
 if __name__ == "__main__":
     # Run as a script, this file is the module __main__, while eval.py imports it as mae_clip. So
-    # main is taken from there: else objects of two classes of each name would meet.
+    # main is taken from there: else there would be two classes Config, two MAECLIP and so on, and
+    # an object of one is none of the other.
     from mae_clip import main
 
     sys.stdout.reconfigure(line_buffering=True)  # a file, too, gets each line at once

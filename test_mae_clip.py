@@ -2705,6 +2705,15 @@ def test_what_a_header_says_of_a_folders_size_is_void(tmp_path):
     assert len(list(data.read_samples(str(path)))) == 3
 
 
+def test_a_key_that_comes_again_begins_another_sample(tmp_path):
+    files = [("a.jpg", b"1"), ("a.txt", b"one"), ("a.jpg", b"2"), ("a.txt", b"two")]
+    samples = list(data.read_samples(str(tar_of(tmp_path / "twice.tar", files))))
+    assert [(sample["jpg"], sample["txt"]) for sample in samples] == [
+        (b"1", b"one"),
+        (b"2", b"two"),
+    ]
+
+
 def test_paths_with_colons_work_for_sets_too(tmp_path):
     folder = tmp_path / "we::ird"
     (folder / "test").mkdir(parents=True)
@@ -3629,6 +3638,13 @@ def test_sets_that_cannot_be_scored_are_refused_when_they_are_opened(tmp_path):
         with pytest.raises(ValueError, match=says):
             evaluation.open_sets(str(folder))
 
+    loose = tmp_path / "loose [1]"
+    loose.mkdir()
+    captioned_shard(loose / "0.tar")
+    (dataset,) = evaluation.open_sets(str(loose))
+    assert len(list(dataset.samples("test"))) == 12
+    captioned_shard(loose / "train-0.tar")
+    refused(loose, "or name its shards")
     refused(tmp_path / "nowhere", "nowhere: no such shard")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "classnames.txt")
@@ -3714,6 +3730,11 @@ def test_a_task_that_fails_costs_itself_alone_and_a_line(trained, tmp_path, caps
     assert "found 9 and 18" in said
     assert "damaged.tar: 599: image does not decode" in said
     assert (tmp_path / "reconstructions.png").exists()
+    first = captioned_shard(tmp_path / "first.tar", 12, broken=[0])
+    second = tmp_path / "second"
+    second.mkdir()
+    evaluation.evaluate(model, tokenizer, f"{first}::{few}", second)
+    assert (second / "reconstructions.png").exists()
 
 
 def test_a_picture_that_cannot_be_written_does_not_cost_the_results(trained, tmp_path, capsys):
