@@ -1151,16 +1151,16 @@ def save_checkpoint(run):
 
 
 def read_checkpoint(path):
-    """What save_checkpoint wrote, its config as Config; DataError where that is missing or
-    damaged."""
+    """What save_checkpoint wrote, its config as Config; DataError where that is missing, damaged
+    or of a version with other settings."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return state | {"config": Config(**state["config"])}
-    except Exception:  # a damaged file raises nearly anything
+    except Exception as error:  # a damaged file raises nearly anything
         raise DataError(
             f"{path}: does not exist, or is no whole checkpoint of this version, nor a run's "
             "folder with one; where a run's newest is damaged, remove it, and --resume goes on "
-            "from the one before"
+            f"from the one before ({error!r:.90})"
         ) from None
 
 

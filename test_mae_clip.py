@@ -4337,6 +4337,14 @@ def test_a_damaged_checkpoint_is_named_and_the_run_not_begun_anew(stopped):
     assert "checkpoint-4.pt" in said_in_one_line(run(*flags, "--resume", code=2))
 
 
+def test_of_a_checkpoint_with_unknown_settings_their_name_is_said(stopped):
+    flags, out = stopped
+    state = torch.load(out / "checkpoint-4.pt", weights_only=True)
+    state["config"]["of_the_future"] = 1
+    torch.save(state, out / "checkpoint-4.pt")
+    assert "argument 'of_the_future'" in said_in_one_line(run(*flags, "--resume", code=2))
+
+
 def test_a_run_goes_on_from_the_checkpoint_before_where_the_newest_one_is_removed(stopped):
     flags, out = stopped
     (out / "checkpoint-4.pt").unlink()
