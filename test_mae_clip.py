@@ -2123,6 +2123,7 @@ def names_to_copy(name, defined, imported):
 # What is copied, and a use of it with the example's images and tokens.
 COPIES = {
     "mae_clip.py": {
+        "ModelConfig": "ModelConfig(method='mae').weights()",
         "normalise_images": "normalise_images(images)",
         "patchify": "patchify(images, 8)",
         "unpatchify": "unpatchify(torch.rand(1, 4, 12), 2, 4, 4)",
