@@ -58,21 +58,31 @@ def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mae_clip")
 
 
-def be_quiet(worker):
-    """In a worker process: Ctrl-C is the parent's, and so are the cores, where it wants them. It
-    ends with its parent, even if that is killed while it waits for a command."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def end_with_parent(worker):
+    """In a worker process: it ends with its parent, even if that is killed while this one waits for
+    a command or a lock."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def be_quiet(worker):
+    """In a worker process that loads while the parent trains: Ctrl-C is the parent's, and so are
+    the cores, where it wants them; it ends with it."""
+    end_with_parent(worker)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(AttributeError):  # Windows has no nice
         os.nice(19)
 
 
 def in_parallel(function, jobs):
-    """Yields function(job) of each job, in order, by worker processes, with a progress bar. A
-    DataLoader's workers end with their parent, however that ends."""
-    count = min(len(jobs), os.cpu_count())
-    results = DataLoader(jobs, None, num_workers=count, collate_fn=function)
+    """Yields function(job) of each job, in order, by worker processes, with a progress bar."""
+    results = DataLoader(
+        jobs,
+        batch_size=None,
+        num_workers=min(len(jobs), os.cpu_count()),
+        collate_fn=function,
+        worker_init_fn=end_with_parent,
+    )
     yield from tqdm(results, leave=False, disable=None)
 
 
