@@ -329,11 +329,11 @@ def open_folder(folder):
         return tuple(line.strip() for line in text.split("\n") if text)
 
     classes = lines("classnames.txt")
-    shards = "".join(lines("test/nshards.txt"))
-    if shards and not shards.isdecimal():
-        raise DataError(f"{folder}/test/nshards.txt: {shards!r:.40} is no number of shards")
+    shards = []
+    if (folder / "test" / "nshards.txt").exists():
+        shards = data.split_shards(folder, "test")  # which raises where it says no number
     if shards and not classes:
-        return EvalSet(f"{folder}/test/{{0..{int(shards) - 1}}}.tar")
+        return EvalSet(f"{folder}/test/{{0..{len(shards) - 1}}}.tar")
     if not classes and any(folder.glob("*.tar")) and not any(folder.glob("train*")):
         return EvalSet(f"{glob.escape(str(folder))}/*.tar")
     if len(classes) < 2:
@@ -374,27 +374,28 @@ def named(function, name, content):
         raise DataError(f"{name}: {error}") from None
 
 
+def check_samples(dataset, split, method, read):
+    """What check_sets does, for a split, of which it reads each image -> number of samples."""
+    count = 0
+    for key, content, target in dataset.samples(split):
+        name = f"{dataset.name}: {key}"
+        named(read, name, content)
+        if target == [] and method != "mae":
+            raise DataError(f"{name}: has no caption; --method {method} is scored with them")
+        if dataset.classes and target >= len(dataset.classes):
+            raise DataError(f"{name}: class {target} (from 0) of {len(dataset.classes)}")
+        count += 1
+    return count
+
+
 def check_sets(sources, method, whole=False):
     """DataError where a set is missing, or a header (whole: an image), class or caption of it does
     not fit; says which scores there will not be."""
     read = data.decode if whole else data.open_image
     for dataset in open_sets(sources):
-        for split in dataset.splits():
-            count = 0
-            for key, content, target in dataset.samples(split):
-                name = f"{dataset.name}: {key}"
-                named(read, name, content)
-                if target == [] and method != "mae":
-                    raise DataError(
-                        f"{name}: has no caption; --method {method} is scored with them"
-                    )
-                if dataset.classes and target >= len(dataset.classes):
-                    raise DataError(f"{name}: class {target} (from 0) of {len(dataset.classes)}")
-                count += 1
-            if not count:
-                raise DataError(f"{dataset.name}: no sample in {split}")
-            if not dataset.classes and count < 10 and "contrastive" in mae_clip.METHODS[method]:
-                say(f"{dataset.name}: {count} images; there will be no recall, which needs 10")
+        counts = [check_samples(dataset, split, method, read) for split in dataset.splits()]
+        if not dataset.classes and counts[0] < 10 and "contrastive" in mae_clip.METHODS[method]:
+            say(f"{dataset.name}: {counts[0]} images; there will be no recall, which needs 10")
 
 
 # --- Features -------------------------------------------------------------------------------------
@@ -420,6 +421,13 @@ def encode_texts(model, tokenizer, texts):
     device = next(model.parameters()).device
     tokens = (tokenizer or data.Tokenizer([])).batch(texts, model.config.context)
     return torch.cat([model.encode_text(part.to(device)).cpu() for part in tokens.split(1024)])
+
+
+def first_captions(tokenizer, captions, context):
+    """Lists of captions, a list an image -> (B,T) tokens of the first of each, none where there is
+    no caption."""
+    texts = [(each or [""])[0] for each in captions]
+    return (tokenizer or data.Tokenizer([])).batch(texts, context)
 
 
 def encode_classes(model, tokenizer, classes, templates):
@@ -458,12 +466,11 @@ def reconstructions(model, tokenizer, dataset, limit):
     MAECLIP.reconstruct makes of them, by masks of a fixed seed -> dict of tensors."""
     config = model.config
     device = next(model.parameters()).device
-    tokenizer = tokenizer or data.Tokenizer([])
     parts = defaultdict(list)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for images, captions in image_batches(dataset, "test", config.image_size, limit):
-            tokens = tokenizer.batch([(texts or [""])[0] for texts in captions], config.context)
+            tokens = first_captions(tokenizer, captions, config.context)
             found = model.reconstruct(images.to(device), tokens.to(device))
             found["tokens"] = tokens
             found["patches"] = mae_clip.patchify(

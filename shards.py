@@ -130,17 +130,17 @@ def described(classes, templates, shards, where=""):
 
 def columns_of(row):
     """The cells of a first row as names of columns."""
-    return [cell.strip(' "\ufeff\n').lower().replace(" ", "_") for cell in row]
+    return [cell.strip(' "\n').lower().replace(" ", "_") for cell in row]
 
 
 def delimiter_of(source):
     """What parts the cells of a csv: in its first line either a column of paths has a name, or the
     first cell is a path."""
-    with source.open(errors="replace") as file:
+    with source.open(encoding="utf-8-sig", errors="replace") as file:
         start = file.readline()
     for delimiter in ",;\t":  # semicolons are written in many countries
         cells = start.split(delimiter)
-        path = source.parent / cells[0].strip('\ufeff"').replace("\0", "")
+        path = source.parent / cells[0].strip('"').replace("\0", "")
         if set(columns_of(cells)).intersection(PATH_NAMES) or path.is_file():
             return delimiter
     return next((delimiter for delimiter in ",;\t" if delimiter in start), ",")

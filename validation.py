@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from eval import image_batches, open_sets, results_of, say_once
+from eval import first_captions, image_batches, open_sets, results_of, say_once
 
 
 @torch.no_grad()
@@ -29,8 +29,7 @@ def losses_on(dataset, model, tokenizer, config, device, autocast):
     found = []
     batches = image_batches(dataset, "test", config.image_size, limit, rows)
     for number, (images, captions) in enumerate(batches):
-        first = [(texts or [""])[0] for texts in captions[own]]
-        tokens = (tokenizer or data.Tokenizer([])).batch(first, config.context)
+        tokens = first_captions(tokenizer, captions[own], config.context)
         batch = data.Batch(images[own], tokens, ())
         with autocast:
             terms = model(*mae_clip.training_batch(config, number, batch, device))
