@@ -4,8 +4,8 @@ A shard is a webdataset tar as img2dataset writes it: KEY.jpg, jpeg, png or webp
 caption a line) or KEY.json (its field `caption`). A source is one shard or several, joined by `::`:
 paths, globs, numbers as in {000..123}, folders, and pipe:COMMAND, which sends a tar.
 
-The file runs when copied out alone. Its commands, `python data.py pack` and others, stand in
-shards.py.
+The file can be copied out alone and imported. Its commands, `python data.py pack` and others, stand
+in shards.py.
 """
 
 import ctypes
@@ -59,15 +59,15 @@ def cache_folder():
 
 
 def end_with_parent(worker):
-    """In a worker process: it ends with its parent, even if that is killed while this one waits for
-    a command or a lock."""
+    """In a worker process: on Linux it ends with its parent, even if that is killed while this one
+    waits for a command or a lock."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def be_quiet(worker):
     """In a worker process that loads while the parent trains: Ctrl-C is the parent's, and so are
-    the cores, where it wants them; it ends with it."""
+    the cores, where it wants them. It ends with its parent, as above."""
     end_with_parent(worker)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(AttributeError):  # Windows has no nice
@@ -192,8 +192,8 @@ def opened(shard):
 def grouped(file):
     """Yields the samples of a tar as key, {field: (offset, size)}, by webdataset's rule: the key is
     the path up to the first dot of the base name, the field is the rest in lower case, and members
-    of a sample are adjacent; a field that comes twice begins another sample. DataError at the end
-    where the tar breaks off or has no sample."""
+    of a sample are adjacent. A field that comes twice, which webdataset refuses, begins another
+    sample. DataError at the end where the tar breaks off or has no sample."""
     key = ""
     sample = {}
     cause = "tar without samples"
@@ -258,9 +258,9 @@ def read_samples(source, strict=False):
 
 
 def captions(sample):
-    """A raw sample's captions: the lines of its txt that are not empty. The field `caption` of its
-    json, a text or a list of them, counts instead where there are no such lines or where it has a
-    line break."""
+    """A raw sample's captions: the lines of its txt that are not empty. If there are none, or if a
+    caption in its json has a line break, they are those of the json instead: its field `caption`, a
+    text or a list of texts."""
     lines = LINE_BREAK.split(sample.get("txt", b"").decode("utf-8-sig", "replace"))
     lines = [line.strip() for line in lines if line.strip()]
     noted = []
@@ -282,15 +282,15 @@ def image_of(sample):
 def whole_samples(source, labelled=False):
     """Yields (key, image bytes, captions or, if labelled, class index) of a test set's shards, of
     which no sample may lack one; but a set without labels may have no captions at all, for mae."""
-    bare = False
+    needed = True  # a caption or class index, of each sample
     for number, sample in enumerate(read_samples(source, strict=True)):
         key = sample["__key__"]
         image = image_of(sample)
         label = sample.get("cls", b"").strip()
         found = label.isdigit() if labelled else captions(sample)
-        if number == 0:
-            bare = not labelled and not found
-        if not image or bool(found) == bare:
+        if number == 0 and not labelled:
+            needed = bool(found)
+        if not image or bool(found) != needed:
             raise DataError(
                 f"{public(source)}: {key}: in a test set each sample needs an image and a caption, "
                 f"or none has one, in a labelled one a class index in KEY.cls; found the fields "
@@ -516,8 +516,8 @@ ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what is found near the end of a 
 
 def check(sample, captioned):
     """DataError where a raw sample with the fields of INDEXED is of no use. An image is judged by
-    its header and its end; where the end leaves a doubt it is decoded: how a file ends is no reason
-    to leave it out."""
+    its header and, of a JPEG or PNG, its end. Where the end leaves a doubt it is decoded: how a
+    file ends is no reason to leave it out."""
     content = sample["jpg"]
     if not content:
         raise DataError("no image")
@@ -606,10 +606,10 @@ Batch = namedtuple("Batch", "images tokens keys")  # of a rank: uint8 (B,3,S,S),
 
 class LocalShards:
     """The samples of a Loader's local shards. Every readable one (with `samples`, every chosen one)
-    comes once an epoch over all ranks and workers, but for the last `count mod global batch` of the
-    epoch's order, which is a pure function of (seed, epoch). Memory is about 80 bytes a sample, in
-    arrays: a list of Python objects would be copied page by page into each worker, as reading one
-    changes its count of references."""
+    comes once an epoch over all ranks and workers. Their order is a pure function of (seed, epoch);
+    the last ones of it, too few for a whole batch of all ranks, are left out in that epoch. Memory
+    is about 80 bytes a sample, in arrays: a list of Python objects would be copied page by page
+    into each worker, as reading one changes its count of references."""
 
     def __init__(self, loader, shards):
         self.loader = loader
@@ -651,8 +651,8 @@ class LocalShards:
             yield self.drawn(n, seed[1])
 
     def read(self, steps):
-        """Yields for each step, which count on from epoch to epoch, its list of what `drawn` gives;
-        what failed, here nothing; the position, here 0."""
+        """Yields for each step (they count on from epoch to epoch) three things, as Stream.read
+        does: a list of what `drawn` gives; what failed, here nothing; the position, here 0."""
         loader = self.loader
         known = None  # the epoch whose order this is
         for step in steps:
@@ -677,14 +677,16 @@ class Stream:
         self.identity = {"shards": [shown(shard) for shard in shards]}
 
     def others(self, seed):
-        """None: of a batch of which nothing decodes the next one takes the place."""
+        """Nothing: where nothing of a batch decodes, the stream goes on with the next one."""
         return ()
 
     def read(self, numbers):
-        """Yields the samples of the shards with these numbers, in lists of a batch, and after each
-        shard an empty list: (raw sample, seed of its chance, name) each; (name, cause) of what
-        failed; the number of the next shard. What is too little for a batch waits for the next
-        shard."""
+        """Reads the shards with these numbers. For each batch, and once more at the end of each
+        shard, it yields three things:
+        the batch's samples, (raw sample, seed of its chance, name) each; at the end of a shard
+        none, as what is too little for a batch waits for the next shard;
+        at the end of a shard (name, cause) of each sample of it that is of no use, else nothing;
+        the position, which is the number of the next shard."""
         loader = self.loader
         count = len(self.shards)
         samples = []
@@ -729,8 +731,8 @@ class Loader:
     """Batches of a source, of local shards or a stream. Order, crops and captions drawn depend on
     seed, epoch and sample alone, of a stream also on rank and workers. `stream`: is it one (a
     pipe:, or resample); `position`: the number of the shard at which a stream goes on; `identity`:
-    plain values that tell the same data again; `bad`: {cause: samples skipped}. DataError if a
-    batch, or most of the data, is not usable."""
+    plain values that tell the same data again; `bad`: {cause: samples skipped}. DataError if less
+    than a batch, or less than half of the data, is usable."""
 
     source: str  # or a list
     batch_size: int  # of one rank
@@ -771,8 +773,9 @@ class Loader:
                     "`data.py pack` makes captions of class names"
                 )
         self.identity = self.reader.identity
-        # Images of at most 256 MiB stay decoded, in each process that decodes, so that later epochs
-        # need not do it again. More than that would fill a worker's memory for little.
+        # If all images together have at most 256 MiB, and none is cropped at random, they stay
+        # decoded, in each process that decodes, so that later epochs need not do it again. More
+        # than that would fill a worker's memory for little.
         size = 0 if self.stream else len(self.reader.chosen) * 3 * self.image_size**2
         self.keeps = 0 < size <= 1 << 28
 
@@ -789,24 +792,24 @@ class Loader:
         return (self.position if self.stream else step) / self.reader.epoch_size
 
     def about(self):
-        """What there is, in words."""
+        """What there is, in lines of a label and words."""
         shards = len(self.reader.shards)
         if self.stream:
-            return f"{shards} streamed shards"
+            return f"data        {shards} streamed shards"
         image = open_image(self.reader.sample(0)["jpg"])
-        words = (
-            f"{len(self.reader.chosen):,} samples, {len(self):,} batches an epoch, in {shards} "
-            f"shards; the first image has {image.width} x {image.height} pixels"
-        )
+        lines = [
+            f"data        {len(self.reader.chosen):,} samples in {shards} shards, {len(self):,} "
+            "batches an epoch",
+            f"images      the first one has {image.width} x {image.height} pixels",
+        ]
         if self.tokenizer:
             texts = islice(self.texts(), 1000)
             lengths = [len(self.tokenizer.encode(text)) + 2 for text in texts]
-            words += (
-                f"; {np.greater(lengths, self.context).mean():.1%} of captions are cut at "
-                f"--context {self.context} (of 99 % the length is at most "
-                f"{np.quantile(lengths, 0.99):.0f})"
+            lines.append(
+                f"captions    {np.greater(lengths, self.context).mean():.1%} are cut at --context "
+                f"{self.context}; {np.quantile(lengths, 0.99):.0f} would hold 99 %"
             )
-        return words
+        return "\n".join(lines)
 
     def count(self, failed, once=True):
         """Counts what failed, (name, cause) each, and logs the first few; if `once`, what has been
@@ -847,29 +850,28 @@ class Loader:
             self.decoded[name] = preprocess(decode(content), self.image_size)
         return self.decoded[name]
 
-    def make_batch(self, samples, failed):
-        """(raw sample, seed of its chance, name) each -> Batch, or None of no samples. One that
-        does not decode is added to failed, (name, cause), and another takes its slot: of this batch
-        or, if none of it decodes, of the others."""
-        made = []  # (key, caption, image)
-
-        def candidates():
-            yield from samples
-            if samples and not made:
-                for other in self.reader.others(samples[0][1]):
-                    yield other
-                    if made:
-                        return
-
-        for sample, seed, name in candidates():
+    def make_samples(self, samples, failed):
+        """Yields (key, caption, image) of each (raw sample, seed of its chance, name) that decodes;
+        adds the others to failed, (name, cause) each."""
+        for sample, seed, name in samples:
             rng = np.random.default_rng(seed)
             texts = captions(sample) if self.captions else [""]
             try:
                 # The crop comes first: it is the same whether captions are drawn or not.
                 image = self.make_image(sample["jpg"], rng)
-                made.append((sample["__key__"], texts[rng.integers(len(texts))], image))
             except ValueError as error:
                 failed.append((name, str(error)))
+            else:
+                yield sample["__key__"], texts[rng.integers(len(texts))], image
+
+    def make_batch(self, samples, failed):
+        """As make_samples, but -> a Batch, of full size: where a sample does not decode, another of
+        them comes twice. Where none does, the batch is of another sample of the data; None where
+        there is no such one."""
+        made = list(self.make_samples(samples, failed))
+        if samples and not made:
+            others = self.reader.others(samples[0][1])
+            made = list(islice(self.make_samples(others, failed), 1))
         if not made:
             return None
         made = [made[n % len(made)] for n in range(self.batch_size)]
@@ -910,17 +912,19 @@ class Loader:
 # --- Augmentation ---------------------------------------------------------------------------------
 def simclr_view(images, noise):
     """One of SimCLR's views of each image, on the batch and on its device: a square crop of 0.08 to
-    1 of the area, flip, colours. images uint8 (B,3,H,W), noise (B,12) uniform in [0, 1), the only
-    chance, of which nine are used -> uint8 (B,3,H,W). Strengths are SLIP's: brightness, contrast
-    and saturation by up to 0.4 with p 0.8, grey with p 0.2. Left out are its changes of hue and of
-    the crop's aspect, and its blur; contrast is about middle grey, grey the mean of the colours."""
+    1 of the area, flip, colours. images uint8 (B,3,H,W), noise (B,12) uniform in [0, 1), which
+    decides all (three of the twelve are spare) -> uint8 (B,3,H,W).
+
+    Strengths are SLIP's: brightness, contrast and saturation by up to 0.4 with p 0.8, grey with p
+    0.2. Left out are its changes of hue and of the crop's aspect, and its blur; contrast is about
+    middle grey, grey the mean of the colours."""
     chance = noise.T  # (12,B)
     side = (0.08 + 0.92 * chance[0]).sqrt()  # of the crop, as a share of the image's
     width = torch.where(chance[1] < 0.5, -side, side)  # a negative one flips the view
-    # Of the crop's middle: the image reaches from -1 to 1, so a crop has room for 1 - side.
-    left, top = (1 - side) * (2 * chance[2:4] - 1)
+    # Where the crop's middle is: the image reaches from -1 to 1, so a crop has room for 1 - side.
+    across, down = (1 - side) * (2 * chance[2:4] - 1)
     zero = torch.zeros_like(side)
-    affine = torch.stack([width, zero, left, zero, side, top], dim=1).view(-1, 2, 3)
+    affine = torch.stack([width, zero, across, zero, side, down], dim=1).view(-1, 2, 3)
     grid = affine_grid(affine, images.shape, align_corners=False)
     # Reflection is for what lies less than half a pixel from the edge.
     pixels = grid_sample(images / 255, grid, padding_mode="reflection", align_corners=False)

@@ -128,7 +128,7 @@ def retrieval_hits(image_features, text_features, image_of_text):
             found = scores.topk(k, dim=1).indices == owner[rows, None]
             hits[f"image_retrieval_recall@{k}"].append(found.any(dim=1))
     for rows in torch.arange(n).split(BLOCK // m + 1):
-        scores = (texts @ images[rows].T).T
+        scores = (texts @ images[rows].T).T  # the product that CLIP_benchmark makes: same rounding
         for k in (1, 5, 10):
             found = owner[scores.topk(k, dim=1).indices].cpu() == rows[:, None]
             hits[f"text_retrieval_recall@{k}"].append(found.any(dim=1))
@@ -148,18 +148,20 @@ def retrieval(image_features, text_features, image_of_text):
 
 def descend(features, labels, weight, l2, tolerance):
     """Up to 40 steps of L-BFGS on fit_linear's objective -> the new weight and the objective there.
+    features (n,D+1), a column of ones last; weight (C,D+1), the intercept last.
 
-    features (n,D+1), a column of ones last; weight (C,D+1), the intercept last. With L L^T for the
-    Hessian at the start (the mean of its classes' blocks) the unknowns are weight @ L, and the
-    features that go with them features @ L^-T: in these the Hessian is nearly the identity, so the
-    steps are few, however the features are scaled and correlated.
+    Features of different scales, or correlated ones, would take many steps. So what is sought is
+    not weight but weight @ L, where L L^T is the Hessian at the start (the mean of its classes'
+    blocks): with unknowns weight @ L and features @ L^-T in place of the features the products are
+    the same, and the Hessian is nearly the identity.
     """
     probability = (features @ weight.T).softmax(dim=1)
     doubt = (probability * (1 - probability)).mean(dim=1, keepdim=True)
     hessian = (features.T @ (doubt * features)).double() / len(features)
     diagonal = hessian.diagonal()
     diagonal[:-1] += l2
-    diagonal *= 1 + 100 * torch.finfo(features.dtype).eps  # full rank at any scale, though rounded
+    # Rounded, or with a feature that is constant, it may lack full rank, which Cholesky needs.
+    diagonal *= 1 + 100 * torch.finfo(features.dtype).eps
     diagonal += 1e-30
     root = torch.linalg.cholesky(hessian)
     back = torch.linalg.inv(root).to(features)
@@ -186,12 +188,14 @@ def descend(features, labels, weight, l2, tolerance):
 
 def fit_linear(x, y, classes, l2, tolerance=1e-8, enough=1e-12):
     """Multinomial logistic regression: minimises mean cross-entropy + l2/2 |W|^2, the intercept
-    free, nothing standardised. It ends where 40 more steps of L-BFGS gain less than `tolerance` of
-    the objective, or where that is no more than `enough`: with a small l2, and classes that planes
-    part, it would go on falling towards 0.
+    free, nothing standardised.
 
-    x (n,D), y (n,) -> weight (C,D), bias (C,). scikit-learn's C is 1/(n l2), and for two classes,
-    where it fits their difference alone, 2/(n l2).
+    It ends where 40 more steps of L-BFGS gain less than `tolerance` of the objective, or where the
+    objective is at most `enough`: where planes separate the classes and l2 is small, it would go on
+    falling towards 0.
+
+    x (n,D), y (n,) -> weight (C,D), bias (C,). scikit-learn's C is 1/(n l2); for two classes it is
+    2/(n l2), since there scikit-learn fits the difference of the two alone.
     """
     given = as_features(x, "features")
     labels = as_labels(y, len(given), classes, "labels").to(given.device)
@@ -223,13 +227,14 @@ def check_split(train_x, train_y, test_x, test_y):
 
 
 def choose_l2(x, y, classes, seed):
-    """The penalty whose fit on 20,000 images at most is best on a held-out fifth of train, 10,000
-    images at most: sought in steps of 100, then of 10, then of the root of 10."""
+    """The penalty whose fit is best on a fifth of train that is held out (10,000 images at most),
+    fitted on the rest (20,000 at most): sought in steps of a factor 100, then of 10, then of the
+    root of 10."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x))).to(x.device)
     held_out, rest = order.tensor_split([min(max(1, len(x) // 5), 10_000)])
     part = rest[:20_000]
 
-    def attempt(l2):
+    def trial_of(l2):
         weight, bias = fit_linear(x[part], y[part], classes, l2, tolerance=1e-3, enough=0.01)
         logits = x[held_out] @ weight.T + bias
         accuracy = rate(logits.argmax(dim=1) == y[held_out])
@@ -238,17 +243,17 @@ def choose_l2(x, y, classes, seed):
     # Above the features' whole variance a penalty only shrinks the weights: the trials begin there
     # and go downwards. There are four at least, and more as long as the last one has a lower loss
     # than the one before, or is by half a point more accurate than all before.
-    best = attempt(max(x.var(dim=0).sum().item(), 1e-12))
+    best = trial_of(max(x.var(dim=0).sum().item(), 1e-12))
     trials = [best]
     better = True
     while better or len(trials) < 4:
-        trial = attempt(trials[-1][2] / 100)
+        trial = trial_of(trials[-1][2] / 100)
         better = trial[0] > best[0] + 0.005 or trial[1] < trials[-1][1]
         trials.append(trial)
         best = max(trials, key=lambda trial: trial[0])  # among equals the largest penalty
     for factor in (10, 10**0.5):
         best = max(
-            [attempt(best[2] * factor), best, attempt(best[2] / factor)],
+            [trial_of(best[2] * factor), best, trial_of(best[2] / factor)],
             key=lambda trial: trial[0],
         )
     return best[2]
@@ -506,6 +511,10 @@ class Score(NamedTuple):
             return math.nan
         return float(np.average(np.asarray(self.values, float), weights=weights))
 
+    def images(self):
+        """How many images it counts."""
+        return int(np.count_nonzero(self.weights))
+
     def less(self, other):
         """The lead over another model's Score on the same images, as a Score."""
         lead = np.asarray(self.values, float) - np.asarray(other.values, float)
@@ -559,9 +568,10 @@ def score_retrieval(model, tokenizer, dataset, encoded):
             share = np.bincount(owner, weights=hits.numpy()) / own
             scores[name] = Score(share, own, k / len(own))
         else:
-            # k texts drawn without replacement are all of other images (hypergeometric).
-            drawn = np.arange(k)[:, None]  # so many texts before each draw
-            none = (1 - own / (len(texts) - drawn)).clip(0).prod(axis=0)
+            # By chance k texts are drawn without replacement: `none` is how likely each draw misses
+            # the image's own, which are `own` of the texts that are left.
+            left = len(texts) - np.arange(k)[:, None]  # (k,1)
+            none = (1 - own / left).clip(0).prod(axis=0)  # (n,)
             scores[name] = Score(hits, np.ones(len(own)), 1 - none.mean())
     return scores
 
@@ -613,7 +623,7 @@ MAYBE = ("acc5", "seen", "unseen")  # measures of zero_shot that some sets leave
 
 
 def scoring_device(name):
-    """--device -> the device. Everything is scored in float32, so `auto` need not be measured."""
+    """--device -> the device. All that this file scores is in float32: no precision to measure."""
     device, _ = mae_clip.pick_device(mae_clip.Config(device=name, precision="fp32"))
     return device
 
@@ -672,8 +682,9 @@ def measure(model, tokenizer, datasets, tasks):
 
 
 def results_of(model, tokenizer, datasets, tasks):
-    """-> {task, from its second set on with the set's name: {measure: value, None where undefined;
-    chance: {measure: value}; n: images of the test split}}."""
+    """-> {task: {measure: its value, or None where it is undefined; chance: {measure: its value};
+    images: {measure: how many it counts}; n: images of the test split}}. The title of a task's
+    second set, and of each further one, is the task and the set's name."""
     results = {}
     sets = {}  # task: its first set
     for (dataset, task, name), score in measure(model, tokenizer, datasets, tasks).items():
@@ -682,14 +693,16 @@ def results_of(model, tokenizer, datasets, tasks):
         entry = results.setdefault(title, dict.fromkeys(MAYBE if task == "zero_shot" else ()))
         entry[name] = score.mean()
         entry.setdefault("chance", {})[name] = score.chance
+        entry.setdefault("images", {})[name] = score.images()
         entry["n"] = len(score.values)
     return results
 
 
 def evaluate(model, tokenizer, eval_data, out=None):
     """Scores a trained model, in eval mode from now on, on SETs joined by `::`, by all tasks that
-    fit but k-NN, and draws, where there is a decoder, the first captioned set of good images to
-    out/reconstructions.png. What fails costs itself alone and a line -> what results_of gives."""
+    fit but k-NN -> what results_of gives. With a decoder it also draws reconstructions of the first
+    captioned set whose images can be read, to out/reconstructions.png. What fails costs itself
+    alone and a line."""
     model.eval()
     datasets = open_sets(eval_data)
     tasks = [task for task in TASKS if task != "knn"]
@@ -727,7 +740,8 @@ def format_results(results):
     for task, entry in results.items():
         for name, chance in entry["chance"].items():
             value = show(entry[name], name)
-            rows.append([task, f"{entry['n']:,}", name, value, show(chance, name)])
+            images = f"{entry['images'][name]:,}"
+            rows.append([task, images, name, value, show(chance, name)])
     return format_table(rows)
 
 
@@ -763,7 +777,7 @@ def suite(checkpoints, datasets, tasks, device="cpu", untrained=False):
             scores[f"{first} less {second}"] = scores[first].less(scores[second])
         row = dict(zip(("set", "task", "measure"), key, strict=True))
         row["set"] = data.public(row["set"])
-        row |= {"images": int(np.count_nonzero(example.weights)), "chance": example.chance}
+        row |= {"images": example.images(), "chance": example.chance}
         row["values"] = {title: spread(score) for title, score in scores.items()}
         rows.append(row)
     return rows
@@ -836,6 +850,8 @@ def benchmark(config, steps=10):
     dtype = torch.bfloat16 if autocast._enabled else torch.float32
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     product = min(timed(lambda: matrix @ matrix, 1, device) for _ in range(9))
+    rate_of_step = 3 * flops / seconds  # a backward pass has twice the FLOPs of the forward pass
+    rate_of_product = 2 * side**3 / product
     found = {
         "method": config.method,
         "device": f"{device}, {dtype}",
@@ -844,15 +860,14 @@ def benchmark(config, steps=10):
         "pairs/s": B / seconds,
         "slowest": B / groups[-1],
         "fastest": B / groups[0],
-        "TFLOP/s": 3e-12 * flops / seconds,
-        # 3 flops / seconds, over the 2 side^3 / product of a matrix product.
-        "share": 1.5 * flops / side**3 * product / seconds,
+        "TFLOP/s": rate_of_step / 1e12,
+        "share": rate_of_step / rate_of_product,
         "GPU memory GiB": torch.cuda.max_memory_allocated() / 2**30,
         "compile s": first - seconds,
     }
     if config.data:
         batches = loader.batches(0)
-        timed(lambda: next(batches), steps, device)  # until what was decoded ahead is used up
+        timed(lambda: next(batches), steps, device)  # the workers' start is not timed
         found["loader pairs/s"] = B / timed(lambda: next(batches), 3 * steps, device)
         found["fed pairs/s"] = B / timed(lambda: step(next(batches)), 3 * steps, device)
     return found
@@ -972,7 +987,8 @@ def run(argv):
 
 
 def main(argv=None):
-    """The command line: exit code 0 when done, 2 for bad input, 130 when interrupted."""
+    """The command line: exit code 0 when done, 2 where what was given (or the machine) does not do,
+    130 when interrupted."""
     try:
         print(run(argv))
     except (ValueError, OSError, RuntimeError) as error:

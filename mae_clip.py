@@ -1,5 +1,5 @@
 # ruff: noqa: E402
-"""MAE-CLIP in one file: contrastive language-image training with masked autoencoding.
+"""MAE-CLIP, the method in one file: CLIP with masked autoencoding.
 
 Weers et al., "Masked Autoencoding Does Not Help Natural Language Supervision at Scale" (CVPR 2023),
 ask whether reconstructing removed patches and words helps CLIP. This file trains what they compare,
@@ -39,10 +39,10 @@ import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# To be set before torch is imported. A thread of GNU OpenMP that waits for another keeps its core
-# busy for up to 300,000 turns, which is milliseconds. Where another program runs too, that core may
-# be the one that the other thread needs. With 1000 turns a busy machine was measured to train 20
-# times as fast (docs/results.md).
+# To be set before torch is imported. While GNU OpenMP's threads wait for each other they keep their
+# cores busy, for milliseconds by default, and so take them from the threads that are waited for if
+# other programs run too. With this a busy machine was measured to train 20 times as fast
+# (docs/results.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -147,8 +147,8 @@ def sincos_2d(width, rows, cols):
     # Which row and which column each patch is in: (rows*cols,) both.
     row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).T
     codes = []
-    for place in (column, row):
-        angle = place[:, None] / 10000**step  # (rows*cols, width/4)
+    for where in (column, row):
+        angle = where[:, None] / 10000**step  # (rows*cols, width/4)
         codes += [angle.sin(), angle.cos()]
     return torch.cat(codes, dim=1).float()
 
@@ -186,71 +186,66 @@ def caption_end(tokens):
     return (tokens == EOT).int().argmax(dim=1, keepdim=True)
 
 
+def removed_last(mask):
+    """mask (B,N) -> (B,N) positions: first those where it is False, then those where it is True,
+    each of them in order."""
+    return mask.int().argsort(dim=1, stable=True)
+
+
 def random_text_mask(noise, tokens, ratio):
     """Removes tokens between SOT and EOT at random; captions of all lengths share one static shape.
 
-    noise (B,T) in 0..1, tokens (B,T) -> keep (B,K) positions of SOT, EOT, what stays, then padding;
+    noise (B,T) in 0..1, tokens (B,T) -> keep (B,K) positions of SOT, what stays, EOT, then padding;
     mask (B,T) bool, True where removed, which SOT, EOT and padding never are.
 
-    Every position gets a sort key, and `place` is its rank by that key. For example, with T = 16
-    and ratio 0.75 (SOT and EOT may also change places, and so may any two of padding):
+    For example, with T = 16 and ratio 0.75:
 
         position    0    1     2     3     4    5 to 15
         token       SOT  a     b     c     EOT  padding
         noise            0.1   0.8   0.5
-        sort key    -1   0.1   0.8   0.5   -1   2
-        place       0    2     4     3     1    5 to 15
+        rank             0     2     1
         mask             -     True  True
 
-    Of three tokens one is kept, so with SOT and EOT the places 0, 1 and 2 stay. Of a full caption's
-    fourteen tokens four are kept, so K is 2 + 4 for every caption, and keep is 0 4 1 5 6 7: SOT,
-    EOT, a, and padding.
+    Of three tokens one stays, that of rank 0. Of a full caption's fourteen tokens four stay, so
+    with SOT and EOT K is 6, for every caption: keep is 0 1 4 5 6 7.
     """
     T = tokens.shape[1]
     position = torch.arange(T, device=tokens.device)
     end = caption_end(tokens)
-    # The sort keys: SOT and EOT -1, the tokens between them their noise in 0..1, padding 2.
-    order = noise.masked_fill(position > end, 2)
-    order = order.masked_fill((position == 0) | (position == end), -1)
-    # The first argsort lists the positions by their keys; the argsort of that list is the place of
-    # each position in it.
-    place = order.argsort(dim=1).argsort(dim=1)
-    # kept_of_length[n]: how many positions stay of a caption with n tokens between SOT and EOT,
-    # these two included. Counted in Python's floats, so float32 rounding plays no part.
-    kept_of_length = [2 + kept_count(length, ratio) for length in range(T - 1)]
+    between = (position > 0) & (position < end)  # (B,T): SOT and EOT
+    # The first argsort lists positions by their noise, with SOT, EOT and padding last; the argsort
+    # of that list is the rank of each position in it.
+    rank = noise.masked_fill(~between, 2).argsort(dim=1).argsort(dim=1)
+    # kept_of_length[n]: how many of n tokens stay. Counted in Python's floats, so float32 rounding
+    # plays no part.
+    kept_of_length = [kept_count(length, ratio) for length in range(T - 1)]
     # Between SOT and an EOT at position `end` stand end - 1 tokens.
     kept = torch.tensor(kept_of_length, device=tokens.device)[end - 1]  # (B,1)
-    # SOT and EOT have the first two places, so they stay; padding, behind `end`, is never masked.
-    mask = (place >= kept) & (position < end)
-    # Sorted again with removed tokens last (key 3), the first K of the list are what the encoder
-    # sees. K is what a full caption keeps. A shorter one keeps at most K, so all that it keeps is
-    # in the first K. It loses at most T - K, so all that it loses is in the rest. Stable: SOT comes
-    # before EOT, and padding in order.
-    keep = order.masked_fill(mask, 3).argsort(dim=1, stable=True)[:, : kept_of_length[-1]]
-    return keep, mask
+    mask = between & (rank >= kept)
+    # K is what a full caption keeps. A shorter one keeps at most K, so the first K positions of
+    # the list hold all that it keeps. It loses at most T - K, so the rest holds all that it loses.
+    K = 2 + kept_of_length[-1]
+    return removed_last(mask)[:, :K], mask
 
 
 class Masked(NamedTuple):
     """What the masked pass knows of one modality (N stands for patches or tokens).
 
-    `removed` has R = N - K columns, the slots: a removed position in each. Of a short caption fewer
-    than R tokens are removed. Its last slots are then spare: they hold positions that were not
-    removed, where `mask` is False, so that no loss counts them.
+    keep and removed are together all N positions. A short caption loses fewer than R tokens: then
+    `removed` begins with spare slots, which are padding. There `mask` is False, and no loss counts
+    them.
     """
 
     keep: torch.Tensor  # (B,K) positions that the encoder sees
-    removed: torch.Tensor  # (B,R) the other positions: to predict, or spare
+    removed: torch.Tensor  # (B,R) all others, R = N - K: to predict, or spare
     real: torch.Tensor  # (B,N) bool, False at padding; None for patches, which have none
     mask: torch.Tensor  # (B,N) bool, True where removed
 
 
 def record_mask(keep, mask, real):
-    """keep (B,K), mask (B,N), real (B,N) or None -> Masked. All of a sample's removed positions
-    fit into its R slots, since a shorter caption loses no more tokens than a full one."""
-    slots = mask.shape[1] - keep.shape[1]
-    # Sorted like this, positions where the mask is True come first.
-    removed = mask.int().argsort(dim=1, descending=True, stable=True)[:, :slots]
-    return Masked(keep, removed, real, mask)
+    """keep (B,K), mask (B,N), real (B,N) or None -> Masked."""
+    K = keep.shape[1]
+    return Masked(keep, removed_last(mask)[:, K:], real, mask)
 
 
 # --- Transformer block ----------------------------------------------------------------------------
@@ -272,7 +267,8 @@ class Attention(nn.Module):
         # (B,1,1,T): nothing attends to padding.
         attendable = None if real is None else real[:, None, None]
         if q.is_cpu:
-            # Plain products: on a CPU SDPA is slow on short sequences (docs/results.md).
+            # Plain products: on a CPU SDPA is slower, but for long sequences in float32
+            # (docs/results.md).
             scores = (q @ k.mT) * q.shape[-1] ** -0.5
             if attendable is not None:
                 scores = scores.masked_fill(~attendable, -math.inf)
@@ -383,8 +379,8 @@ class TextEmbedding(nn.Module):
 
 
 def no_padding(tokens, position=None):
-    """tokens (B,T), position (B,K) or None for all T -> (B,K) or (B,T) bool: are these positions
-    of the captions at EOT or before."""
+    """tokens (B,T), position (B,K) or None for all T -> (B,K) or (B,T) bool, False where a position
+    is padding, that is after EOT."""
     if position is None:
         position = torch.arange(tokens.shape[1], device=tokens.device)
     return position <= caption_end(tokens)  # that is (B,1)
@@ -430,8 +426,8 @@ class Modality(nn.Module):
         kept = self.embed(encoded)
         # scatter needs one type: under autocast kept is in bfloat16.
         x = self.mask_token.to(kept.dtype).expand(len(kept), N, -1)
-        place = masked.keep.unsqueeze(-1).expand_as(kept)
-        return x.scatter(1, place, kept) + self.position[:, :N]
+        index = masked.keep.unsqueeze(-1).expand_as(kept)
+        return x.scatter(1, index, kept) + self.position[:, :N]
 
 
 class Decoder(nn.Module):
@@ -452,11 +448,12 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, image_masked, encoded_image, text_masked, encoded_text):
-        """image_masked: Masked; encoded_image (B,1+K,D), CLS first. text_masked: Masked;
-        encoded_text (B,K,D), where K and D are the text's own. None, both of a pair, for a modality
-        that is not decoded -> pixels (B,R,P*P*3), logits (B,R,V) for the slots of `removed`; None
-        for that modality.
-        """
+        """image_masked: Masked, of patches;
+        encoded_image: (B,1+K,D), CLS first;
+        text_masked: Masked, of tokens;
+        encoded_text: (B,K,D), where K and D are the text's own
+        -> pixels (B,R,P*P*3), logits (B,R,V): predictions for the positions in `removed`.
+        For a modality that is not decoded its two arguments and its prediction are None."""
         parts = []
         if image_masked is not None:
             parts.append(self.image.embed(encoded_image[:, :1]))  # CLS, which has no position
@@ -558,7 +555,9 @@ def simclr_loss(a, b, temperature=0.1):
     return of_all_ranks(loss).mean()
 
 
-# Why n GPUs give the loss and the gradient of one, if each has as many rows as the others.
+# Why n GPUs give the loss and the gradient of one, if each has as many rows as the others. In
+# short: every rank computes the same loss, and the backward pass of `gather` adds up what all ranks
+# send, so each gradient is n times too large; the mean over ranks divides by n. In full:
 # Forward. Rank w computes a part l_w of the loss, from its own rows (features of images, captions
 # or views, or errors of removed positions) and, where rows must find each other, from the gathered
 # features of all. of_all_ranks gathers these parts, and their mean (in masked_mean their sum over
@@ -570,12 +569,12 @@ def simclr_loss(a, b, temperature=0.1):
 #     g_w = sum over the rows r of rank w of n (dL/dr) (dr/dp),
 # and the mean over ranks, which DistributedDataParallel takes, is that of one GPU with all rows:
 #     (g_1 + ... + g_n) / n = sum over all rows r of (dL/dr) (dr/dp) = dL/dp.
-# The logit scale enters each part directly. On rank w it receives g_w = n (dL/dl_w) (dl_w/dp), and
-# the mean of these is dL/dp again.
+# The logit scale enters each part directly, not by rows. On rank w it receives
+# g_w = n (dL/dl_w) (dl_w/dp), and the mean of these is dL/dp again.
 # All ranks must call a loss together. encode_image, encode_text and reconstruct call none of this.
 
 
-# torch 2.13 renamed this function.
+# torch 2.13 calls all_gather_single_autograd what was all_gather_tensor_autograd before.
 all_gather = getattr(collectives, "all_gather_single_autograd", None)
 all_gather = all_gather or collectives.all_gather_tensor_autograd
 
@@ -584,8 +583,8 @@ def gather(x):
     """(B,...) -> (G,...): the rows of all ranks, in their order, with gradient."""
     if not dist.is_initialized():
         return x
-    # chunk(1)[0] changes nothing here, but in the backward pass: there it makes the gradient
-    # contiguous in memory, as all_gather's own backward pass needs it before torch 2.13.
+    # chunk(1)[0] is the tensor itself. It stands here for its backward pass, which makes the
+    # gradient contiguous in memory, as all_gather's own backward pass needs it before torch 2.13.
     return all_gather(x, 0, dist.group.WORLD).chunk(1)[0]
 
 
@@ -639,8 +638,8 @@ class MAECLIP(nn.Module):
         self.terms = terms  # {term: weight} of what is computed
         self.one_trunk = config.method == "m3ae" and "text" in terms
         self.has_decoder = "image" in terms or "text" in terms
-        # Drawn first: layers draw random numbers when they are made, and how many depends on the
-        # method.
+        # The seed of all weights is drawn before any layer is made: making layers draws random
+        # numbers too, and how many depends on the method.
         seed = torch.randint(2**31, (), device="cpu").item()
         self.image_encoder = ImageEncoder(config)
         if self.one_trunk:
@@ -666,8 +665,10 @@ class MAECLIP(nn.Module):
             # cls_token, mask_token, token.weight (the embeddings), position
             if "token" in name or "position" in name:
                 nn.init.normal_(parameter, std=0.02, generator=generator)
-            elif parameter.ndim > 1:  # the patch convolution counts as a matrix
-                nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)  # in place
+            elif parameter.ndim > 1:
+                # flatten makes a matrix of the patch convolution too: a view, so this fills
+                # the parameter itself.
+                nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             # Norms' weights stay 1, and the logit scale stays as it was made.
@@ -734,7 +735,7 @@ class MAECLIP(nn.Module):
         if image_masked is not None:
             removed = take(patchify(images, config.patch_size), image_masked.removed)  # (B,R,P*P*3)
             found["image_error"] = image_error(pixels, removed, config.norm_pix)  # (B,R)
-            # (B,R), all True, as patches leave no spare slots
+            # (B,R), as masked_mean asks; all True, since patches leave no spare slots
             found["image_counted"] = image_masked.mask.gather(1, image_masked.removed)
         if text_masked is not None:
             found["text_error"] = text_error(logits, tokens.gather(1, text_masked.removed))  # (B,R)
@@ -745,8 +746,11 @@ class MAECLIP(nn.Module):
             if ratio == 0:
                 encoded = self.image_encoder(images)
             elif image_masked is not None and ratio == config.mask_ratio:
-                encoded = encoded_visible  # the same patches: pass 2 has encoded them already
-            else:  # by the same noise: what the larger ratio keeps, the smaller one keeps too
+                # The same noise and ratio leave the same patches: pass 2 has encoded them already.
+                encoded = encoded_visible
+            else:
+                # Of the same noise, so the patches that the larger of the two ratios keeps are
+                # among those that the smaller one keeps.
                 keep, _ = random_mask(image_noise, ratio)
                 encoded = self.image_encoder(images, keep)
             found["image_features"] = self.image_feature(encoded)  # (B,E)
@@ -826,8 +830,8 @@ class MAECLIP(nn.Module):
             "text_mask": torch.zeros_like(tokens, dtype=torch.bool),
         }
         if image_masked is not None:
-            place = image_masked.removed.unsqueeze(-1).expand_as(pixels)
-            found["image"] = patches.scatter(1, place, pixels.to(patches.dtype))
+            index = image_masked.removed.unsqueeze(-1).expand_as(pixels)
+            found["image"] = patches.scatter(1, index, pixels.to(patches.dtype))
             found["image_mask"] = image_masked.mask
         if text_masked is not None:
             guess = tokens.scatter(1, text_masked.removed, logits.argmax(dim=-1))
@@ -875,9 +879,9 @@ CHOICES = {
     "precision": ["auto", "fp32", "bf16"],
     "optimizer": ["muon", "adamw"],
 }
-# The least value allowed of each setting. One that is not listed here: 1 of an int, 0 of a float.
-LOWEST = {"batch_size": 2, "crop": 0.01, "context": 3, "vocab_size": 259}
-LOWEST |= dict.fromkeys("seed data_seed samples stop_after warmup workers eval_every".split(), 0)
+# The least value allowed of each setting. Of one that is not listed: 1 for an int, 0 for a float.
+LOWEST = {"seed": 0, "data_seed": 0, "samples": 0, "stop_after": 0, "warmup": 0, "workers": 0}
+LOWEST |= {"eval_every": 0, "batch_size": 2, "crop": 0.01, "context": 3, "vocab_size": 259}
 SHARES = "mask_ratio text_mask_ratio contrastive_mask_ratio crop".split()
 
 
@@ -895,7 +899,7 @@ class Config(ModelConfig):
     compile: bool | None = None  # torch.compile of the blocks; by default on CUDA, above width 256
     log_every: int = 50  # steps between lines of the log
     save_every: int = 500  # steps between checkpoints
-    data: str = ""  # shards (paths, folders, globs, {000..123}, pipe:), joined by ::; "": scenes
+    data: str = ""  # shards (paths, folders, globs, {0..9}, pipe:), joined by ::; empty: scenes
     samples: int = 0  # train on so many samples of the data alone; 0: on all
     resample: bool = False  # draw shards with replacement, without end, and read each through
     tokenizer: str = ""  # file that data.py tokenizer wrote; empty: --init's, or learned
@@ -904,7 +908,7 @@ class Config(ModelConfig):
     scenes: int = 40_000  # built-in data: training images
     data_seed: int = 0  # built-in data: its seed, which also fixes the pairs never trained on
     workers: int = 1  # processes that decode ahead
-    crop: float = 1.0  # random crops of at least so much area, unless cut short; 1: centre crop
+    crop: float = 1.0  # random crops of at least this share (less if none fits); 1: centre crop
     steps: int = 500  # optimiser steps
     stop_after: int = 0  # save and stop after so many steps in all; 0: at --steps
     batch_size: int = 256  # pairs a step, over all processes
@@ -939,7 +943,7 @@ class Config(ModelConfig):
         patches = self.side() ** 2
         if max(1, kept_count(patches, self.mask_ratio)) == patches:
             terms.discard("image")  # no patch is removed, so none is predicted
-        if terms <= {"text"}:  # text alone, or nothing
+        if terms <= {"text"}:  # nothing, or text alone, as in an m3ae without image loss
             raise ValueError(
                 f"--method {self.method}: nothing would be learned of images: their terms have "
                 f"weight 0, or --mask-ratio {self.mask_ratio} removes none of {patches} patches"
@@ -1017,9 +1021,9 @@ def learning_rate(step, config):
 
 class Muon(torch.optim.Optimizer):
     """Moves matrices along their orthogonalised momentum (Jordan et al. 2024), by steps of
-    AdamW's size. It computes in float32, torch.optim.Muon in bfloat16, which a CPU without
-    AVX512-BF16 or AMX emulates: its step at `small` took two seconds there, this one's 0.03 to
-    0.6."""
+    AdamW's size. torch.optim.Muon computes in bfloat16, which CPUs without AVX512-BF16 or AMX
+    emulate: on one of these its step at `small` took two seconds. This one computes in float32:
+    0.03 to 0.6 seconds on the same machine."""
 
     @torch.no_grad()
     def step(self):
@@ -1061,13 +1065,12 @@ def make_optimizers(model, config):
             matrices.append(parameter)  # of linear layers; `token` is the table of embeddings
         else:
             others.append(parameter)
-    decay = config.weight_decay
     groups = [{"params": others}, {"params": no_decay, "weight_decay": 0.0}]
-    # AdamW's arguments: parameters, rate, betas and epsilon (0.9, 0.98, 1e-6 as in CLIP), decay.
-    optimizers = [torch.optim.AdamW(groups, config.lr, (0.9, 0.98), 1e-6, decay, fused=True)]
+    rates = {"lr": config.lr, "weight_decay": config.weight_decay}
+    # CLIP's betas and epsilon.
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True, **rates)]
     if matrices:
-        # torch.optim.Optimizer's own arguments: parameters, defaults.
-        optimizers.append(Muon(matrices, {"lr": config.lr, "weight_decay": decay}))
+        optimizers.append(Muon(matrices, defaults=rates))
     return optimizers
 
 
@@ -1108,8 +1111,8 @@ MAY_CHANGE = """
 """.split()
 
 
-# What may differ between the processes of a run.
-OWN = "out resume init device data eval_data tokenizer workers".split()
+# What may differ between the ranks of a run.
+RANKS_OWN = "out resume init device data eval_data tokenizer workers".split()
 
 
 @dataclass
@@ -1167,7 +1170,8 @@ def read_checkpoint(path):
 def load(path, device="cpu"):
     """path of a checkpoint, or of a run's folder, which stands for its newest -> the model in eval
     mode, its tokenizer (None for mae) and its Config."""
-    state = read_checkpoint([*checkpoints(path), path][0])
+    newest = checkpoints(path)[:1] or [path]
+    state = read_checkpoint(newest[0])
     model = MAECLIP(state["config"])
     model.load_state_dict(state["model"])
     tokenizer = None if state["merges"] is None else Tokenizer(state["merges"])
@@ -1175,17 +1179,20 @@ def load(path, device="cpu"):
 
 
 def open_run(config):
-    """-> the state of the newest checkpoint in the run's folder, None where it has none. DataError
-    where the folder holds a run (its config.json) and --resume was not given, or where that run's
-    settings differ in more than MAY_CHANGE, but for the --steps of one that is finished."""
+    """-> the state of the newest checkpoint in the run's folder, None where it has none.
+
+    DataError where the folder holds a run and --resume was not given, or where a setting is not the
+    run's. MAY_CHANGE lists those that may be others; --steps may be more where the run has come to
+    its last step."""
     out = Path(config.out)
-    if not config.resume and (out / "config.json").exists():
+    saved = checkpoints(out)
+    if not config.resume and (saved or (out / "config.json").exists()):
         raise DataError(f"{out}: holds a run; add --resume to go on, or give another --out")
-    if not checkpoints(out):
+    if not saved:
         if config.resume:
             print(f"{out}: holds no checkpoint, so this run starts at step 0")
         return None
-    state = read_checkpoint(checkpoints(out)[0])
+    state = read_checkpoint(saved[0])
     then = plain(state["config"])
     # The run was finished and shall now be longer.
     if config.steps > state["step"] == then["steps"]:
@@ -1208,9 +1215,9 @@ def open_run(config):
 
 
 def open_data(config, state, merges=None):
-    """state: what open_run found; merges: those of the tokenizer that --init brings. Returns two
-    things: the training Loader with its tokenizer, and the config, in which vocab_size is the
-    tokenizer's and, where no data was given, data and sets are the built-in ones."""
+    """state: what open_run found; merges: those of the tokenizer that --init brings -> the training
+    Loader with its tokenizer, and the config with what is known only now: vocab_size is the
+    tokenizer's. Without --data it names the built-in scenes, and without --eval-data their sets."""
     rank, world = ranks()
     if config.batch_size % world:
         raise DataError(
@@ -1278,37 +1285,32 @@ def training_batch(config, step, batch, device):
 def announce(run, device, autocast):
     """Says, before training, what will happen."""
     config = run.config
-    parameters = run.model.parameters()
-    speed = ""
+    precision = "bf16" if autocast._enabled else "fp32"
     if device.type == "cpu":
-        speed = (
-            f" (bf16 products have {bf16_speedup(config.width):.2f} times the rate of fp32 here)"
-        )
+        precision += f" (products in bf16 run at {bf16_speedup(config.width):.2f} x fp32 here)"
     print(
-        f"method      {config.method}: {sum(each.numel() for each in parameters):,} parameters, "
-        f"loss weights {config.weights()}"
-    )
-    print(
-        f"device      {device}, {'bf16' if autocast._enabled else 'fp32'}{speed}; "
-        f"{ranks()[1]} process(es)"
-    )
-    print(f"data        {run.loader.about()}; all are trained at {config.image_size} px")
-    print(
-        f"steps       {run.step:,} to {config.steps:,}, the first {config.warmup:,} warm-up; "
-        f"learning rate now {learning_rate(run.step, config):.2g}; "
-        f"by chance a contrastive loss is {math.log(config.batch_size):.3f}"
+        f"method      {config.method}, {sum(each.numel() for each in run.model.parameters()):,} "
+        f"parameters, images at {config.image_size} px\n"
+        f"loss        of weights {config.weights()}\n"
+        f"{run.loader.about()}\n"
+        f"device      {device}, {ranks()[1]} process(es), {precision}\n"
+        f"steps       {run.step:,} to {config.steps:,}, warm-up to {config.warmup:,}; "
+        f"learning rate now {learning_rate(run.step, config):.2g}\n"
+        f"chance      a contrastive loss of {math.log(config.batch_size):.3f}"
     )
 
 
 def log(run, rows, seconds, waited):
-    """Writes and shows a record of the last steps, the means of their finite rows (train_step's)
-    and rates; returns True. If no row is finite, it writes nothing and returns False; from ten rows
-    on that is a DataError."""
+    """Writes and shows a record of the last steps: rates, and means of `rows`, which are what
+    train_step gave at each step -> the terms in words.
+
+    Where no step was finite there is nothing to write -> "": the caller keeps the rows for the next
+    record. If there are ten or more such rows, DataError."""
     config = run.config
     good = [row for row in rows if row is not None]
     if not good:
-        if len(rows) < 10:  # too few to judge by: the next record is of these steps, too
-            return False
+        if len(rows) < 10:  # too few to judge by
+            return ""
         raise DataError(
             f"step {run.step}: no loss of {len(rows)} steps was finite; begin anew, with lower --lr"
         )
@@ -1328,13 +1330,13 @@ def log(run, rows, seconds, waited):
     if "contrastive" in record:
         record["scale"] = run.model.logit_scale.exp().item()
     write_record(run, record)
+    terms = " ".join(f"{name} {record[name]:.3f}" for name in config.weights())
     if ranks()[0] == 0:
-        terms = " ".join(f"{name} {record[name]:.3f}" for name in config.weights())
         tqdm.write(
             f"step {run.step:,} {terms} {record['pairs_per_second']:.0f} pairs/s "
             f"{record['waiting']:.0%} waiting"
         )
-    return True
+    return terms
 
 
 def fit(run, net, device, autocast):
@@ -1345,13 +1347,19 @@ def fit(run, net, device, autocast):
     config = run.config
     rank, _ = ranks()
     last = min(config.steps, config.stop_after or config.steps)
-    # A stream goes on at a shard, number `position`; local shards, where that is always 0, at a
-    # step.
+    # A stream goes on at a shard, the one of number `position`. Local shards go on at a step; their
+    # position is always 0.
     batches = run.loader.batches(run.loader.position or run.step)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
-    whole = True  # False from a step's begin until it is counted and logged: not to be saved
+    # False while a step is under way, until it is counted and logged: nothing is saved then.
+    whole = True
     # disable=None hides the bar where stderr is no terminal.
-    bar = tqdm(total=config.steps, initial=run.step, disable=rank > 0 or None)
+    bar = tqdm(
+        total=config.steps,
+        initial=run.step,
+        bar_format="{n}/{total}, {remaining} left{postfix}",
+        disable=rank > 0 or None,
+    )
     with Signals() as signals, bar:
         try:
             while run.step < last and not stopped:
@@ -1371,7 +1379,9 @@ def fit(run, net, device, autocast):
                 bar.update()
                 if run.step % config.log_every == 0 or run.step == last:
                     seconds = time.time() - since
-                    if log(run, rows, seconds, waited):
+                    terms = log(run, rows, seconds, waited)
+                    if terms:
+                        bar.set_postfix_str(f"{terms}, chance {math.log(config.batch_size):.3f}")
                         run.seconds += seconds
                         since, waited, rows = time.time(), 0.0, []
                 whole = True
@@ -1380,13 +1390,14 @@ def fit(run, net, device, autocast):
                     found = validation(run.model, run.loader.tokenizer, config, device, autocast)
                     write_record(run, {"step": run.step, "validation": found})
                     since += time.time() - began  # training has not gone on meanwhile
-                # At each step the ranks tell each other two numbers, so that all stop at the same.
-                news = torch.tensor([[signals.came, run.loader.position]], device=device)
-                came, run.position = gather(news).amax(dim=0).tolist()
-                if run.step < last:  # after the last step there is nothing to stop
-                    stopped = came
-                if rank == 0 and run.step % config.save_every == 0:
-                    save_checkpoint(run)
+                # At each step every rank learns whether a signal came to any, so that all stop at
+                # the same step, and how far the furthest is in its stream.
+                own = torch.tensor([[signals.came, run.loader.position]], device=device)
+                signal, run.position = gather(own).amax(dim=0).tolist()
+                if run.step < last:  # else there is nothing to stop, and the end saves
+                    stopped = signal
+                    if rank == 0 and run.step % config.save_every == 0:
+                        save_checkpoint(run)
         except Interrupted:
             stopped = signals.came
         finally:  # whatever ended the loop, unless it came in the middle of a step
@@ -1420,9 +1431,9 @@ def train_in_folder(config, device, autocast):
     loader, config = open_data(config, state, start.get("merges"))
     # So that a set that is missing or does not fit ends the run now, not after the training.
     check_sets(config.eval_data, config.method, config.eval_every > 0)
-    settings = {flag(name): value for name, value in plain(config).items() if name not in OWN}
-    tokenizer = loader.tokenizer and loader.tokenizer.merges
-    agree(settings | {"data": loader.identity, "tokenizer": tokenizer, "bf16": autocast._enabled})
+    settings = {flag(name): value for name, value in plain(config).items() if name not in RANKS_OWN}
+    merges = loader.tokenizer and loader.tokenizer.merges
+    agree(settings | {"data": loader.identity, "tokenizer": merges, "bf16": autocast._enabled})
     torch.manual_seed(config.seed)
     model = MAECLIP(config).to(device)
     run = Run(config, model, make_optimizers(model, config), loader)
@@ -1433,7 +1444,7 @@ def train_in_folder(config, device, autocast):
         for name in ("step", "seconds", "position", "logged"):
             setattr(run, name, state[name])
     elif start:
-        taken = start_from(model, start, tokenizer)
+        taken = start_from(model, start, merges)
         if rank == 0:
             print(taken)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -1458,10 +1469,7 @@ def finish(run):
     if run.step < config.steps:
         print(f"stopped and saved at step {run.step:,}; to go on add --resume to the command")
         return
-    print(
-        f"trained and saved in {config.out}; now scored, on --eval-data "
-        f"{plain(config)['eval_data']!r} (--resume does it again, should it be interrupted)"
-    )
+    print(f"trained and saved in {config.out}; now scored, by --resume again if interrupted")
     results = evaluate(run.model, run.loader.tokenizer, config.eval_data, config.out)
     print(format_results(results))
     results |= {"seconds": run.seconds, "steps": run.step, "config": plain(config)}

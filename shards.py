@@ -307,7 +307,8 @@ def inspect(source):
     # Labelled samples need no caption, nor do those for mae.
     captioned = any(map(captions, first)) and not any("cls" in sample for sample in first)
     loader = Loader(source, 1, 1, None, 3, captions=captioned)
-    print(f"{loader.about()}; {loader.report()}")
+    print(loader.about())
+    print(loader.report())
     for sample in first:
         label = sample.get("cls", b"").decode(errors="replace").strip()
         with suppress(LookupError, ValueError, OSError):  # no class, or no name of it
