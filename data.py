@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ import sys
 import tarfile
 import time
 from collections import Counter, defaultdict, namedtuple
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
@@ -74,16 +75,34 @@ def be_quiet(worker):
         os.nice(19)
 
 
+@contextmanager
+def results_of(loader):
+    """What a torch DataLoader yields. Its workers end with the `with`, also busy ones: torch alone
+    would wait five seconds for each."""
+    others = set(multiprocessing.active_children())
+    results = iter(loader)
+    workers = set(multiprocessing.active_children()) - others
+    try:
+        yield results
+    finally:
+        for worker in workers:
+            worker.terminate()  # which torch's handler in the worker makes a regular end
+
+
 def in_parallel(function, jobs):
     """Yields function(job) of each job, in order, by worker processes, with a progress bar."""
-    results = DataLoader(
+    loader = DataLoader(
         jobs,
         batch_size=None,
         num_workers=min(len(jobs), os.cpu_count()),
         collate_fn=function,
         worker_init_fn=end_with_parent,
     )
-    yield from tqdm(results, leave=False, disable=None)
+    try:
+        with results_of(loader) as results:
+            yield from tqdm(results, total=len(jobs), leave=False, disable=None)
+    except RuntimeError as error:  # torch's, of a worker that was killed
+        raise DataError(f"a worker process failed: {one_line(error)}") from None
 
 
 # --- Reading shards -------------------------------------------------------------------------------
@@ -92,12 +111,15 @@ LINE_BREAK = re.compile(r"\r?\n")
 LEFT_OUT = re.compile(r"^__[^/]*__($|/)|(^|/)\._")  # webdataset's __meta__, and what macOS adds
 
 
+FOLDER_NAMES = ("train/*.tar", "train*.tar", "*.tar")  # a folder's shards: the first that it has
+
+
 def parts_of(source):
     """A source -> the paths and commands that are joined in it."""
     source = source.strip()
-    if os.path.exists(source):  # a path may hold `::`
+    if os.path.exists(re.sub(r"/[^/]*[*{][^/]*$", "", source)):  # a path may hold `::`
         return [source]
-    paths, *commands = re.split("(?:^|::)pipe:", source)
+    paths, *commands = re.split("(?i:(?:^|::) *pipe:)", source)
     parts = [path for path in paths.split("::") if path or not commands]
     return parts + [f"pipe:{command}" for command in commands]
 
@@ -115,20 +137,29 @@ def expand(source):
     shards = []
     for part in parts_of(source) if isinstance(source, str) else source:
         found = []
-        numbers = re.search(r"\{(\d+)\.\.(\d+)\}", part)
-        if numbers:
-            first, last = numbers.groups()
-            for number in range(int(first), int(last) + 1):
-                found += expand([part.replace(numbers[0], f"{number:0{len(first)}}", 1)])
-        elif part.startswith("pipe:") or os.path.isfile(part):
+        folder = os.path.dirname(part)
+        named = len(folder) if os.path.isdir(folder) else 0  # braces in its name are no numbers
+        numbers = re.compile(r"\{(\d+)\.\.(\d+)\}").search(part, named)
+        if os.path.isfile(part):
             found = [part]
         elif os.path.isdir(part):  # its shards for training, where these are set apart
-            for names in ("train/*.tar", "train*.tar", "*.tar"):
+            for names in FOLDER_NAMES:
                 found = found or sorted(glob.glob(f"{glob.escape(part)}/{names}"))
+            if not found:
+                raise DataError(f"{part}: a folder without {', '.join(FOLDER_NAMES)}")
+        elif numbers:
+            first, last = numbers.groups()
+            for number in range(int(first), int(last) + 1):
+                digits = f"{number:0{len(first)}}"
+                found += expand([part[: numbers.start()] + digits + part[numbers.end() :]])
+        elif part.startswith("pipe:"):
+            found = [part]
         else:
             found = sorted(glob.glob(part))
         if not found:
-            raise DataError(f"{part}: no such shard; check the path, and quote braces and stars")
+            raise DataError(
+                f"{part or 'empty'}: no such shard; check the path, and quote braces and stars"
+            )
         shards += found
     return shards
 
@@ -291,10 +322,11 @@ def whole_samples(source, labelled=False):
         if number == 0 and not labelled:
             needed = bool(found)
         if not image or bool(found) != needed:
+            fields = {name: len(sample[name]) for name in list(sample)[1:]}
             raise DataError(
                 f"{public(source)}: {key}: in a test set each sample needs an image and a caption, "
                 f"or none has one, in a labelled one a class index in KEY.cls; found the fields "
-                f"{list(sample)[1:]}"
+                f"(with their bytes) {fields}"
             )
         yield key, image, int(label) if labelled else found
 
@@ -532,23 +564,26 @@ def check(sample, captioned):
 
 def index(file, shard, captioned):
     """An open shard -> keys and rows (offset and size of each of INDEXED) of what is readable,
-    (name, cause) of the rest. captioned: must samples have a caption."""
+    (name, cause) of the rest, a digest of all texts. captioned: must samples have a caption."""
     keys = []
     rows = []
     bad = []
+    texts = hashlib.sha256()
     try:
         for key, places in grouped(file):
             row = [places.get(field, NOWHERE) for field in INDEXED]
             row[0] = image_of(places) or NOWHERE
             try:
-                check(loaded(file, key, INDEXED, row), captioned)
+                sample = loaded(file, key, INDEXED, row)
+                check(sample, captioned)
+                texts.update(sample["txt"] + sample["json"])
                 keys.append(key)
                 rows.append(row)
             except DataError as error:
                 bad.append((f"{shown(shard)} {key} ({', '.join(islice(places, 6))})", str(error)))
     except DataError as error:
         bad.append((shown(shard), str(error)))
-    return keys, rows, bad
+    return keys, rows, bad, texts.hexdigest()
 
 
 def lock(file):
@@ -584,19 +619,20 @@ def cached(path, function):
 
 def index_shard(job):
     """The index of a local shard, as arrays; job: its path, captioned -> its keys, joined; their
-    lengths; rows; what is of no use."""
+    lengths; rows; what is of no use; the digest of its texts."""
     path, captioned = job
     about = os.stat(path)
     # Inode and time of change tell a shard that was rewritten with equal size and date.
     times = f"{about.st_mtime_ns} {about.st_ctime_ns} {about.st_ino}"
-    state = f"7 {os.path.abspath(path)} {about.st_size} {times} {captioned}"
+    state = f"8 {os.path.abspath(path)} {about.st_size} {times} {captioned}"
     name = hashlib.sha256(os.fsencode(state)).hexdigest()
     with open(path, "rb") as file:
-        keys, rows, bad = cached(f"index/{name[:32]}.json", lambda: index(file, path, captioned))
+        found = cached(f"index/{name[:32]}.json", lambda: index(file, path, captioned))
+    keys, rows, bad, texts = found
     keys = [as_bytes(key) for key in keys]
     lengths = np.array([len(key) for key in keys], dtype=np.int64)
     rows = np.array(rows, dtype=np.int64).reshape(-1, len(INDEXED), 2)
-    return b"".join(keys), lengths, rows, bad
+    return b"".join(keys), lengths, rows, bad, texts
 
 
 # --- Loader ---------------------------------------------------------------------------------------
@@ -615,7 +651,7 @@ class LocalShards:
         self.loader = loader
         self.shards = shards
         indexes = list(in_parallel(index_shard, [(shard, loader.captions) for shard in shards]))
-        keys, lengths, rows, bad = zip(*indexes, strict=True)
+        keys, lengths, rows, bad, texts = zip(*indexes, strict=True)
         self.bad = sum(bad, [])  # (name, cause) of what is of no use
         self.keys = b"".join(keys)
         self.ends = np.concatenate([[0], *lengths]).cumsum()  # of each key, after a zero
@@ -629,6 +665,7 @@ class LocalShards:
         self.identity = {
             "sizes": [os.path.getsize(shard) for shard in shards],
             "keys": hashlib.sha256(self.ends.tobytes() + self.keys).hexdigest(),
+            "texts": hashlib.sha256("".join(texts).encode()).hexdigest(),
         }
 
     def sample(self, n):
@@ -699,7 +736,7 @@ class Stream:
             shard = self.shards[order[place]]
             mix = np.random.default_rng([loader.seed, number, loader.rank])
             with opened(shard) as file:
-                keys, rows, bad = index(file, shard, loader.captions)
+                keys, rows, bad, _ = index(file, shard, loader.captions)
                 for n in mix.permutation(len(keys)).tolist():
                     chance = [loader.seed, number, loader.rank, n]
                     sample = loaded(file, keys[n], INDEXED, rows[n])
@@ -883,7 +920,7 @@ class Loader:
     def batches(self, start, stop=sys.maxsize):
         """Yields the Batches of steps start ... stop - 1, which count on from epoch to epoch; of a
         stream those of its shards start ... stop - 1."""
-        made = DataLoader(
+        loader = DataLoader(
             Work(self, range(start, stop)),
             batch_size=None,
             num_workers=self.workers,
@@ -893,15 +930,16 @@ class Loader:
         )
         lost = 0
         seen = 0
-        for batch, failed, position in made:
-            self.position = max(self.position, position)
-            self.count(failed)
-            lost += len(failed)
-            if lost > max(99, seen):
-                raise DataError(f"most samples are of no use; {self.report()}")
-            if batch:
-                seen += self.batch_size
-                yield batch
+        with results_of(loader) as results:
+            for batch, failed, position in results:
+                self.position = max(self.position, position)
+                self.count(failed)
+                lost += len(failed)
+                if lost > max(99, seen):
+                    raise DataError(f"most samples are of no use; {self.report()}")
+                if batch:
+                    seen += self.batch_size
+                    yield batch
 
     def epoch(self, n, skip=0):
         """Yields this rank's batches of epoch n after the first `skip`, all of full size."""

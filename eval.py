@@ -386,7 +386,10 @@ def check_samples(dataset, split, method, read):
         name = f"{dataset.name}: {key}"
         named(read, name, content)
         if target == [] and method != "mae":
-            raise DataError(f"{name}: has no caption; --method {method} is scored with them")
+            raise DataError(
+                f"{name}: has no caption; --method {method} is scored with them, or with labels: "
+                "for these name the folder that holds classnames.txt, test and train"
+            )
         if dataset.classes and target >= len(dataset.classes):
             raise DataError(f"{name}: class {target} (from 0) of {len(dataset.classes)}")
         count += 1
@@ -490,7 +493,9 @@ def picture(model, tokenizer, dataset, path, count=8):
     """Draws the reconstructions of a captioned set's first images -> True."""
     found = reconstructions(model, tokenizer, dataset, count)
     pictures.draw_reconstructions(model.config, tokenizer or data.Tokenizer([]), found, path)
-    say(f"the picture is {path}; in captions, escapes stand for other letters than ASCII")
+    say(f"the picture is {path}")
+    if found["text_mask"].any():
+        say("in its captions, escapes stand for other letters than ASCII")
     return True
 
 
@@ -681,15 +686,24 @@ def measure(model, tokenizer, datasets, tasks):
     return found
 
 
+def first_fitting(model, datasets, tasks):
+    """-> {task: the source of the first set that fits it}, of tasks that any set fits."""
+    firsts = {}
+    for dataset in datasets:
+        for task in tasks:
+            if not misfit(task, model, dataset):
+                firsts.setdefault(task, dataset.source)
+    return firsts
+
+
 def results_of(model, tokenizer, datasets, tasks):
     """-> {task: {measure: its value, or None where it is undefined; chance: {measure: its value};
-    images: {measure: how many it counts}; n: images of the test split}}. The title of a task's
-    second set, and of each further one, is the task and the set's name."""
+    images: {measure: how many it counts}; n: images of the test split}}. Of the sets that fit a
+    task, the second and all others have the title `task name-of-the-set`."""
     results = {}
-    sets = {}  # task: its first set
+    firsts = first_fitting(model, datasets, tasks)
     for (dataset, task, name), score in measure(model, tokenizer, datasets, tasks).items():
-        sets.setdefault(task, dataset)
-        title = task if sets[task] == dataset else f"{task} {data.public(dataset)}"
+        title = task if firsts[task] == dataset else f"{task} {data.public(dataset)}"
         entry = results.setdefault(title, dict.fromkeys(MAYBE if task == "zero_shot" else ()))
         entry[name] = score.mean()
         entry.setdefault("chance", {})[name] = score.chance
@@ -713,6 +727,22 @@ def evaluate(model, tokenizer, eval_data, out=None):
             if attempt("picture", picture, model, tokenizer, dataset, path):
                 break
     return results
+
+
+def score_run(model, tokenizer, eval_data, out, record):
+    """The end of a training: scores the model, shows the table and writes it, with the entries of
+    `record`, to out/results.json. Where there is nothing to score, a file that is there stays.
+    DataError where there is, and all of it fails."""
+    path = Path(out) / "results.json"
+    results = evaluate(model, tokenizer, eval_data, out)
+    if results or not path.exists():
+        path.write_text(json.dumps(results | record, indent=1))
+    if results:
+        print(format_results(results))
+    elif first_fitting(model, open_sets(eval_data), TASKS):
+        raise DataError(f"{out}: is trained and saved, but none of --eval-data could be scored")
+    else:
+        print(f"no set of --eval-data is for {model.config.method}, so nothing is scored")
 
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -967,6 +997,8 @@ def run(argv):
     device = scoring_device(args.device)
     if args.labels and args.command != "zero-shot":
         raise DataError(f"{args.command} takes no --labels; zero-shot classifies a photo by them")
+    if args.labels and args.data:
+        raise DataError("--labels are of one photo; --data has labels of its own: give one of them")
     if args.labels:
         return classify_photo(args.paths, args.labels, device)
     if not args.data:

@@ -4,9 +4,11 @@ signals, one run a folder, ranks that agree."""
 import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
+import time
 import timeit
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -132,6 +134,17 @@ class Signals:
 
 
 # --- Ranks ----------------------------------------------------------------------------------------
+def say_last(line):
+    """The line that a program ends with, on stderr. torchrun prints a report after it, in which the
+    line then stands, too."""
+    print(line, file=sys.stderr)
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:  # of this form; the time decides which rank's line comes last, as the first failure
+        about = {"timestamp": str(int(time.time())), "py_callstack": line}
+        content = {"message": {"message": line, "extraInfo": about}}
+        Path(report).write_text(json.dumps(content))
+
+
 def ranks():
     """-> (rank of this process, number of processes)."""
     if dist.is_initialized():
@@ -198,7 +211,10 @@ def save_whole(state, path):
         part.replace(path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be written ({one_line(error)})") from None
+        free = shutil.disk_usage(path.parent).free >> 20
+        raise OSError(
+            f"{path}: could not be written, with {free} MiB free there ({one_line(error)})"
+        ) from None
 
 
 # --- One run a folder -----------------------------------------------------------------------------
@@ -220,7 +236,8 @@ def lock_file(path, wait=False):
 @contextmanager
 def own_folder(folder):
     """Makes a run's folder and, inside `with`, keeps other programs out of it; DataError, which
-    says who is in it, where it is taken."""
+    says who is in it, where it is taken; and one in place of the error by which this rank learns
+    that another has failed."""
     held = []
 
     def take():
@@ -237,6 +254,12 @@ def own_folder(folder):
     from_first(take)
     try:
         yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
+            raise
+        raise DataError(
+            f"another process of this run has failed, and says why ({one_line(error):.90})"
+        ) from None
     finally:
         for file in held:
             file.close()

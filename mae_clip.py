@@ -868,6 +868,7 @@ from machine import (
     plain,
     ranks,
     save_whole,
+    say_last,
     write_record,
 )
 from scenes import builtin
@@ -926,9 +927,10 @@ class Config(ModelConfig):
                 raise ValueError(f"{given}: must be one of {', '.join(CHOICES[setting.name])}")
             if setting.type in (int, float):
                 low = LOWEST.get(setting.name, 1 if setting.type is int else 0)
-                high = 1 if setting.name in SHARES else math.inf
-                if not low <= value <= high:
-                    raise ValueError(f"{given}: must be from {low:g} to {high}")
+                if not low <= value < math.inf:
+                    raise ValueError(f"{given}: must be at least {low:g}")
+                if setting.name in SHARES and value > 1:
+                    raise ValueError(f"{given}: must be at most 1")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"--patch-size {self.patch_size}: must divide {self.image_size} pixels"
@@ -1103,8 +1105,8 @@ def compile_blocks(model, config, device):
 
 # What may differ between a run and its continuation with --resume: all other settings must be the
 # same. --data may be another path to the same samples: open_data compares the shards' sizes and the
-# samples' keys (of streams the shards' names). The tokenizer, and with it vocab_size, is the
-# checkpoint's. A run that came to its last step may be given more --steps.
+# samples' keys and captions (of streams the shards' names). The tokenizer, and with it vocab_size,
+# is the checkpoint's. A run that came to its last step may be given more --steps.
 MAY_CHANGE = """
     out resume init device precision compile log_every save_every data eval_data eval_every workers
     stop_after tokenizer vocab_size accumulate
@@ -1288,16 +1290,20 @@ def announce(run, device, autocast):
     precision = "bf16" if autocast._enabled else "fp32"
     if device.type == "cpu":
         precision += f" (products in bf16 run at {bf16_speedup(config.width):.2f} x fp32 here)"
+    warmup = f"warm-up to {config.warmup:,}"
+    if config.warmup >= config.steps:
+        warmup = "all of them warm-up"
     print(
         f"method      {config.method}, {sum(each.numel() for each in run.model.parameters()):,} "
         f"parameters, images at {config.image_size} px\n"
         f"loss        of weights {config.weights()}\n"
         f"{run.loader.about()}\n"
         f"device      {device}, {ranks()[1]} process(es), {precision}\n"
-        f"steps       {run.step:,} to {config.steps:,}, warm-up to {config.warmup:,}; "
-        f"learning rate now {learning_rate(run.step, config):.2g}\n"
-        f"chance      a contrastive loss of {math.log(config.batch_size):.3f}"
+        f"steps       {run.step:,} to {config.steps:,}, {warmup}; "
+        f"learning rate now {learning_rate(run.step, config):.2g}"
     )
+    if "contrastive" in config.weights():
+        print(f"chance      a contrastive loss of {math.log(config.batch_size):.3f}")
 
 
 def log(run, rows, seconds, waited):
@@ -1305,14 +1311,16 @@ def log(run, rows, seconds, waited):
     train_step gave at each step -> the terms in words.
 
     Where no step was finite there is nothing to write -> "": the caller keeps the rows for the next
-    record. If there are ten or more such rows, DataError."""
+    record, and says so. If there are ten or more such rows, DataError."""
     config = run.config
     good = [row for row in rows if row is not None]
     if not good:
+        tqdm.write(f"step {run.step:,}: the last {len(rows)} changed nothing: loss not finite")
         if len(rows) < 10:  # too few to judge by
             return ""
         raise DataError(
-            f"step {run.step}: no loss of {len(rows)} steps was finite; begin anew, with lower --lr"
+            f"step {run.step}: no loss of {len(rows)} steps was finite; begin anew, with lower "
+            "--lr and another --out"
         )
     means = torch.stack(good).mean(dim=0).tolist()
     record = {
@@ -1462,7 +1470,7 @@ def train_in_folder(config, device, autocast):
 
 def finish(run):
     """Scores a run that has come to its last step, or says how it goes on."""
-    from eval import evaluate, format_results
+    from eval import score_run
 
     config = run.config
     print(run.loader.report())
@@ -1470,10 +1478,8 @@ def finish(run):
         print(f"stopped and saved at step {run.step:,}; to go on add --resume to the command")
         return
     print(f"trained and saved in {config.out}; now scored, by --resume again if interrupted")
-    results = evaluate(run.model, run.loader.tokenizer, config.eval_data, config.out)
-    print(format_results(results))
-    results |= {"seconds": run.seconds, "steps": run.step, "config": plain(config)}
-    Path(config.out, "results.json").write_text(json.dumps(results, indent=1))
+    record = {"seconds": run.seconds, "steps": run.step, "config": plain(config)}
+    score_run(run.model, run.loader.tokenizer, config.eval_data, config.out, record)
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -1511,7 +1517,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError) as error:
-        print(f"mae_clip.py: error: {one_line(error)}", file=sys.stderr)
+        say_last(f"mae_clip.py: error: {one_line(error)}")
         sys.exit(2)
 
 

@@ -171,7 +171,8 @@ def draw_page(title, images, path, side=200):
     rows = math.ceil(len(images) / 4)
     sheet = Image.new("RGB", (4 * step + 12, rows * (step + 18) + 36), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((12, 8), title.encode("ascii", "backslashreplace").decode()[:120], "black", font)
+    title = textwrap.shorten(title.encode("ascii", "backslashreplace").decode(), 110)
+    draw.text((12, 8), title, "black", font)
     for number, (text, image) in enumerate(images):
         row, column = divmod(number, 4)
         x, y = 12 + column * step, 36 + row * (step + 18)

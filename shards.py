@@ -19,10 +19,9 @@ import shutil
 import signal
 import sys
 import tarfile
-import traceback
 from collections import Counter
 from contextlib import contextmanager, suppress
-from inspect import signature
+from inspect import cleandoc, signature
 from itertools import islice
 from pathlib import Path
 
@@ -46,8 +45,11 @@ from data import (
 from machine import lock_file
 
 # --- Making shards --------------------------------------------------------------------------------
-PATH_NAMES = "path filepath image file_name filename image_path".split()  # of columns
-TEXT_NAME = re.compile(r"(caption|text|title)s?[_ ]?(\d*|[a-z]{2})")  # caption_1, caption_en
+# Names of a column of paths; where a table has several, the one that stands first here counts.
+PATH_NAMES = "path filepath image_path image file_name filename image_name".split()
+# Names of columns of captions: caption_1, caption_en, but not caption_id.
+TEXT_NAME = re.compile(r"(caption|text|title|comment)s?([_ ]?(\d+|(?!id|no)[a-z]{2}))?")
+DELIMITERS = ",;\t|"  # semicolons are written in many countries
 PACK_TEMPLATE = "a photo of a {c}"  # the caption of a class
 
 
@@ -112,9 +114,8 @@ def build(folder, texts, jobs):
                 raise DataError(f"{folder}: not made, since not one image could be read")
             part.rename(folder)
             return count
-        except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # they hold the workers, which end now
-            raise
+        except OSError as error:
+            raise OSError(f"{folder}: could not be made: {error}") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -133,58 +134,92 @@ def columns_of(row):
     return [cell.strip(' "\n').lower().replace(" ", "_") for cell in row]
 
 
-def delimiter_of(source):
-    """What parts the cells of a csv: in its first line either a column of paths has a name, or the
-    first cell is a path."""
-    with source.open(encoding="utf-8-sig", errors="replace") as file:
-        start = file.readline()
-    for delimiter in ",;\t":  # semicolons are written in many countries
+def has_header(source, row):
+    """Is a table's first row a header: a column of paths has a name, and the first cell is no
+    photo."""
+    named = set(columns_of(row)).intersection(PATH_NAMES)
+    return bool(named) and not (source.parent / row[0].strip('"')).is_file()
+
+
+def delimiter_of(source, start):
+    """What parts the cells of a csv, judged by its first line: a header, or first a photo."""
+    for delimiter in DELIMITERS:
         cells = start.split(delimiter)
         path = source.parent / cells[0].strip('"').replace("\0", "")
-        if set(columns_of(cells)).intersection(PATH_NAMES) or path.is_file():
+        if has_header(source, cells) or path.is_file():
             return delimiter
-    return next((delimiter for delimiter in ",;\t" if delimiter in start), ",")
+    return next((delimiter for delimiter in DELIMITERS if delimiter in start), ",")
+
+
+def rows_of(source):
+    """A csv or tsv in UTF-8 -> its rows, (number of the line where it begins, cells) each."""
+    content = source.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{source} line {line}: is not in UTF-8") from None
+    if source.suffix == ".tsv":  # there quotes are part of the text
+        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    else:
+        style = {"delimiter": delimiter_of(source, text.split("\n")[0]), "strict": True}
+    csv.field_size_limit(1 << 30)
+    reader = csv.reader(io.StringIO(text, newline=""), **style)
+    rows = []
+    line = 1
+    try:
+        for row in reader:
+            if row:
+                rows.append((line, row))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{source}: no csv, in the row that begins in line {line}: {error}"
+        ) from None
+    return rows
 
 
 def read_table(source):
     """A csv or tsv of paths and captions -> (path, fields, name for messages) of photos, each once
     however its path is written. A first row with the name of a path's column is a header; without
     one the first two columns count."""
-    if source.suffix == ".tsv":  # there quotes are part of the text
-        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    else:
-        style = {"delimiter": delimiter_of(source), "strict": True}
-    try:
-        with source.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, **style)
-            rows = [(reader.line_num, row) for row in reader if row]
-    except (csv.Error, UnicodeError) as error:
-        raise DataError(
-            f"{source}: no csv in UTF-8, read up to line {reader.line_num}: {error}"
-        ) from None
-    header = columns_of(rows[0][1]) if rows else []
-    if set(header).intersection(PATH_NAMES):
-        del rows[0]
-    else:
-        header = ["path", "caption"]
+    rows = rows_of(source)
+    header = ["path", "caption"]
+    if rows and has_header(source, rows[0][1]):
+        header = columns_of(rows.pop(0)[1])
+    elif rows:
+        header += ["a column without name"] * (len(rows[0][1]) - 2)
     if not rows:
         raise DataError(f"{source}: holds no row with the path of a photo")
+    place = next(header.index(name) for name in PATH_NAMES if name in header)
+    texts = [n for n, name in enumerate(header) if TEXT_NAME.fullmatch(name)]
+    ignored = [name for n, name in enumerate(header) if n not in (place, *texts)]
     print(
-        f"columns: {header}; captions are those named caption, text or title, with a number, a "
-        "language's two letters or neither; a header, if there is one, names the paths "
-        f"{' or '.join(PATH_NAMES)}; all other columns are ignored"
+        f"columns: paths {header[place]!r}, captions {[header[n] for n in texts]}, ignored "
+        f"{ignored}. A header names the paths {', '.join(PATH_NAMES)}, the captions caption, text, "
+        "title or comment, with a number, a language's two letters or neither"
     )
+    long = [line for line, row in rows if any(row[len(header) :])]
+    if long:
+        raise DataError(
+            f"{source} line {long[0]}, and {len(long) - 1} others: has more cells than there are "
+            f"columns, {len(header)}; a caption with a comma must stand in quotes"
+        )
     photos = {}
     for line, row in rows:
-        cells = list(zip(header, row, strict=False))
-        name = next((cell for column, cell in cells if column in PATH_NAMES), "")
-        path = source.parent / name.replace("\0", "")
+        cells = dict(enumerate(row))  # a row may be short
+        path = source.parent / cells.get(place, "").strip().replace("\0", "")
         photo = (path, {"txt": ""}, f"{source} line {line}: {path}")
         _, fields, _ = photos.setdefault(os.path.realpath(path), photo)
-        for column, cell in cells:
-            if TEXT_NAME.fullmatch(column):
-                fields["txt"] += " ".join(cell.split()) + "\n"
-    return list(photos.values())
+        for n in texts:
+            fields["txt"] += " ".join(cells.get(n, "").split()) + "\n"
+    photos = list(photos.values())
+    if not any(path.is_file() for path, _, _ in photos[:1000]):
+        raise DataError(
+            f"{source}: none of its first paths is a file, such as {photos[0][0]}; a path counts "
+            "from the folder of the table, which is a csv or tsv"
+        )
+    return photos
 
 
 def read_folder(folder):
@@ -194,10 +229,16 @@ def read_folder(folder):
     found = sorted(path for path in found if "__MACOSX" not in path.parts)
     files = [path for path in found if not (folder / path).is_dir()]
     images = [file for file in files if file.suffix[1:].lower() in IMAGE_FIELDS]
+    # One photo by several names (links) counts by its first name.
+    once = {os.path.realpath(folder / file): file for file in reversed(images)}
+    images = sorted(once.values())
     if not images:
         raise DataError(f"{folder}: no file in it, nor in its folders, ends in {IMAGE_FIELDS}")
     inside = [file for file in images if len(file.parts) > 1]
     classes = sorted({file.parts[0] for file in inside})
+    for name in classes:
+        if "\n" in name:
+            raise DataError(f"{folder}: a class folder's name has a line break: {name!r}")
     used = inside or images
     photos = []
     for file in used:
@@ -209,7 +250,7 @@ def read_folder(folder):
     folders = {path.parts[0] for path in found if (folder / path.parts[0]).is_dir()}
     print(
         f"passed over: folders without photos {sorted(folders.difference(classes))}; files whose "
-        f"names do not end in {IMAGE_FIELDS}, or that lie beside the class folders "
+        f"names do not end in {IMAGE_FIELDS}, that lie beside the class folders or link to another "
         f"{dict(Counter(file.suffix for file in sorted(set(files).difference(used))))}"
     )
     return photos, classes
@@ -252,16 +293,21 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
     folder = str(Path(folder))
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
-    if not 0 <= test < 1 or shard < 1 or size < 0:
-        raise DataError(
-            f"--test {test}: must be a share from 0 to below 1, such as 0.1; --shard {shard}: must "
-            f"be 1 or more; --size {size}: must be 0 or more"
-        )
+    if not 0 <= test < 1:
+        raise DataError(f"--test {test:g}: must be a share from 0 to below 1, such as 0.1")
+    if shard < 1 or size < 0:
+        raise DataError(f"--shard {shard}: must be 1 or more; --size {size}: must be 0 or more")
     classes = []
     if source.is_dir():
         photos, classes = read_folder(source)
     else:
         photos = read_table(source)
+    if len(classes) == 1 and test:
+        raise DataError(f"{source}: --test needs two class folders or more, {classes} is one")
+    found = len(photos)
+    captioned = [photo for photo in photos if photo[1]["txt"].strip()]
+    if captioned:  # else all are for mae
+        photos = captioned
     order = np.random.default_rng(0).permutation(len(photos)).tolist()
     by_class = {}
     for n in order:
@@ -283,17 +329,20 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
             jobs.append((path, packed, first, part[first : first + shard], size))
             shards[split] = first // shard + 1
     written = build(folder, described(classes, [PACK_TEMPLATE], shards), jobs)
-    print(f"{folder}: {written} samples in {len(jobs)} shards; {len(photos) - written} left out")
-    bare = sum(not fields["txt"].strip() for _, fields, _ in photos)
+    print(
+        f"{folder}: {written} samples in {len(jobs)} shards; {found - written} left out, of these "
+        f"{found - len(photos)} without caption"
+    )
     flags = f"--data {folder!r} --out {folder + '-run'!r}"
     if test:
         flags += f" --eval-data {folder!r}"
-    if bare == len(photos):
-        flags += " --method mae"  # which alone needs no captions
+    if not captioned:
+        print(f"{found} photos have no caption: they are for --method mae alone")
+        flags += " --method mae"
     left = written - len(tested)  # for training
     if left < 256:
         flags += f" --batch-size {max(2, left)}"
-    print(f"{bare} photos have no caption; next:\npython mae_clip.py {flags}")
+    print(f"next:\npython mae_clip.py {flags}")
 
 
 def inspect(source):
@@ -304,8 +353,12 @@ def inspect(source):
     Exit code 1: something is wrong with some samples; 2: with most of them.
     """
     first = list(islice(read_samples(source), 5))
-    # Labelled samples need no caption, nor do those for mae.
-    captioned = any(map(captions, first)) and not any("cls" in sample for sample in first)
+    labelled = any("cls" in sample for sample in first)
+    captioned = any(map(captions, first)) and not labelled
+    if not captioned:
+        what = "labels" if labelled else "no captions"
+        print(f"the first samples have {what}, so none needs a caption here; for training that is")
+        print("so with --method mae alone: `data.py pack` makes captions of class folders")
     loader = Loader(source, 1, 1, None, 3, captions=captioned)
     print(loader.about())
     print(loader.report())
@@ -327,8 +380,10 @@ def learn_tokenizer(source, file, vocab_size=32_768):
     file         file to write, for mae_clip.py --tokenizer
     --vocab-size ids at most
     """
-    texts = tqdm(Loader(source, 1, 1, None, 3).texts())
-    Path(file).write_text(json.dumps(Tokenizer.train(texts, vocab_size).merges))
+    texts = tqdm(Loader(source, 1, 1, None, 3).texts(), disable=None)
+    tokenizer = Tokenizer.train(texts, vocab_size)
+    Path(file).write_text(json.dumps(tokenizer.merges))
+    print(f"{file}: {tokenizer.vocab_size} ids")
 
 
 def main(argv=None):
@@ -341,7 +396,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser("data.py", description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in functions.items():
-        text = function.__doc__
+        text = cleandoc(function.__doc__)
         first = text.split("\n")[0]
         command = commands.add_parser(name, help=first, description=text, formatter_class=layout)
         for argument, parameter in signature(function).parameters.items():

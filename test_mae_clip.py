@@ -17,6 +17,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import struct
@@ -340,6 +341,8 @@ def test_a_scale_that_would_do_nothing_cannot_be_given():
         ({"context": 2}, "--context 2"),
         ({"lr": -1.0}, "--lr -1.0"),
         ({"lr": math.nan}, "--lr nan"),
+        ({"lr": math.inf}, "--lr inf"),
+        ({"image_weight": math.inf}, "--image-weight inf"),
         ({"text_weight": -0.1}, "--text-weight -0.1"),
         ({"crop": 0.0}, "--crop 0.0"),
         ({"workers": -1}, "--workers -1"),
@@ -2397,7 +2400,7 @@ def test_a_source_names_shards_by_paths_globs_and_numbers(tmp_path):
         with pytest.raises(data.DataError, match="no such shard"):
             data.expand(wrong)
     # `::` may be part of a command, as of IPv6, or of a path.
-    sources = f" {shards[0]}::pipe:curl http://[2001::1]/a.tar?key=secret::pipe: cat b"
+    sources = f" {shards[0]}::pipe:curl http://[2001::1]/a.tar?key=secret:: Pipe: cat b"
     commands = ["pipe:curl http://[2001::1]/a.tar?key=secret", "pipe: cat b"]
     assert data.expand(sources) == [shards[0], *commands]
     assert data.public(sources) == f"{shards[0]}::a.tar::a command"
@@ -2421,8 +2424,13 @@ def test_a_folder_is_a_source_of_its_training_shards_whatever_its_name_holds(tmp
     assert data.expand(str(folder / "flat")) == [str(folder / "flat/x.tar")]
     assert data.expand(str(folder / "test/0.tar")) == [str(folder / "test/0.tar")]
     (folder / "none").mkdir()
-    with pytest.raises(data.DataError, match="no such shard"):
+    with pytest.raises(data.DataError, match="none: a folder without train"):
         data.expand(str(folder / "none"))
+    for name in ("c::d", "g{0..1}"):  # where there is such a folder its name is that alone
+        (folder / name).mkdir()
+        tar_of(folder / name / "0.tar", samples_of(1))
+        assert data.expand(str(folder / name)) == [str(folder / name / "0.tar")]
+    assert data.expand(f"{folder}/c::d/{{0..0}}.tar") == [str(folder / "c::d" / "0.tar")]
 
 
 ODD = [
@@ -2877,6 +2885,43 @@ def test_a_shard_rewritten_with_equal_size_and_date_is_read_anew(tmp_path):
         assert keys_of(loader_of(str(path), 1).epoch(0)) == [name]
 
 
+def test_other_captions_of_the_same_size_are_other_data(tmp_path):
+    identities = []
+    for n, text in enumerate((b"words", b"wards", b"words")):
+        path = tmp_path / f"{n}.tar"
+        tar_of(path, [("a.jpg", picture()), ("a.txt", text)])
+        identities.append(loader_of(str(path), 1).identity)
+    assert identities[0] == identities[2] != identities[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as the workers' commands are ended")
+def test_workers_that_hang_end_with_the_iteration_of_their_batches(tmp_path, monkeypatch):
+    path = tar_of(tmp_path / "x.tar", samples_of(4))
+    # Torch's wait for a worker that is busy, here longer than a test may take.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 3600)
+    # Each worker reads one shard of two batches, and hangs when it reads another.
+    once = f"mkdir {tmp_path}/a || mkdir {tmp_path}/b || exec sleep 3600; cat {path}"
+    loader = loader_of([f"pipe:{once}"], 2, workers=2, resample=True)
+    before = multiprocessing.active_children()
+    batches = loader.batches(0)
+    for _ in range(4):
+        next(batches)
+    assert len(multiprocessing.active_children()) == len(before) + 2
+    batches.close()
+    assert len(multiprocessing.active_children()) == len(before)
+
+
+def killed(job):
+    """Ends its worker process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_a_worker_that_is_killed_while_it_indexes_or_draws_is_one_line():
+    with pytest.raises(DataError, match="a worker process failed: [^\n]*$"):
+        list(data.in_parallel(killed, [1, 2]))
+
+
 def test_a_truncated_tar_gives_its_whole_samples_and_the_loss_is_counted(tmp_path, capsys):
     whole = Path(shards_of(tmp_path / "s", [6])[0]).read_bytes()
     with tarfile.open(tmp_path / "s" / "0.tar") as tar:  # where its files end
@@ -3196,6 +3241,12 @@ def test_pack_takes_the_columns_that_a_header_names_and_without_one_the_first_tw
         "text\tImage Path\na dog, running; here\t0.jpg\n": ["a dog, running; here"],
         "\ufefffilename,caption\n0.jpg,a dog\n": ["a dog"],
         "path,caption_en,text_de,score\n0.jpg,a dog,ein Hund,3\n": ["a dog", "ein Hund"],
+        "path,caption,caption_id,title_no\n0.jpg,a dog,817,4\n": ["a dog"],
+        "image,caption,path\n17,a dog,0.jpg\n": ["a dog"],
+        "image_name| comment_number| comment\n0.jpg| 0| a dog, brown\n": ["a dog, brown"],
+        "0.jpg,Image\n": ["Image"],  # no header, as its first cell is a photo
+        "path,caption,\n0.jpg,a dog,,\n": ["a dog"],
+        f'path,caption\n0.jpg,"{"x" * 200_000}"\n': ["x" * 200_000],
     }
     for n, (text, expected) in enumerate(tables.items()):
         (tmp_path / f"{n}.csv").write_text(text)
@@ -3213,10 +3264,13 @@ def test_pack_takes_the_columns_that_a_header_names_and_without_one_the_first_tw
     assert sorted(found) == ['"Bo" says "stop"', '"dog']
     (tmp_path / "latin.csv").write_bytes(b"path,caption\n0.jpg,caf\xe9\n")
     code, _, err = command("pack", tmp_path / "latin.csv", tmp_path / "latin")
-    assert code == 2 and "no csv in UTF-8" in err
+    assert code == 2 and "latin.csv line 2: is not in UTF-8" in err
     (tmp_path / "open.csv").write_text('path,caption\n0.jpg,a dog\n1.jpg,"a" cat\n')
     code, _, err = command("pack", tmp_path / "open.csv", tmp_path / "open")
-    assert code == 2 and "open.csv: no csv in UTF-8, read up to line 3" in err
+    assert code == 2 and "open.csv: no csv, in the row that begins in line 3" in err
+    (tmp_path / "more.csv").write_text('path,caption\n0.jpg,"a, b"\n1.jpg,a dog, brown\n')
+    code, _, err = command("pack", tmp_path / "more.csv", tmp_path / "more")
+    assert code == 2 and "more.csv line 3, and 0 others: has more cells" in err
     code, _, err = command("pack", tmp_path / "open.csv", tmp_path / "open", "--shard", 0)
     assert code == 2 and "--shard 0" in err
 
@@ -3229,10 +3283,11 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
     (photos / "cat" / "notes.heic").write_bytes(b"no image")
     (photos / "dog" / "broken.png").write_bytes(b"no image")
     (photos / "dog" / "link.png").symlink_to("nowhere.png")
+    (photos / "dog" / "same.png").symlink_to("0.png")
     (photos / "empty").mkdir()
     out = tmp_path / "out"
     code, said, err = command("pack", photos, out, "--test", 0.3)
-    assert code == 0 and "or that lie beside the class folders {'.heic': 1, '.png': 1}" in said
+    assert code == 0 and "or link to another {'.heic': 1, '.png': 2}" in said
     assert "folders without photos ['empty']" in said and "2 left out" in said
     assert "broken.png: image header" in err and "No such file" in err
     wanted = f"--data '{out}' --out '{out}-run' --eval-data '{out}' --batch-size 14"
@@ -3250,7 +3305,13 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
         assert labels["train"].count(label) + labels["test"].count(label) == count
         assert 1 <= labels["test"].count(label) <= 0.3 * count + 1  # each class gives its share
     code, _, err = command("pack", photos, tmp_path / "wrong", "--test", 10)
-    assert code == 2 and "must be a share" in err
+    assert code == 2 and "--test 10: must be a share" in err and "--shard" not in err
+    photos_in(tmp_path / "one", ["cat/0.png", "cat/1.png"], "PNG")
+    code, _, err = command("pack", tmp_path / "one", tmp_path / "wrong", "--test", 0.5)
+    assert code == 2 and "--test needs two class folders or more" in err
+    photos_in(tmp_path / "broken", ["line\nbreak/0.png"], "PNG")
+    code, _, err = command("pack", tmp_path / "broken", tmp_path / "wrong")
+    assert code == 2 and "name has a line break" in err
     (tmp_path / "head.csv").write_text("path,caption\n")
     (tmp_path / "one.csv").write_text("classes/cat/0.png,a cat\n")
     code, _, err = command("pack", tmp_path / "one.csv", tmp_path / "wrong", "--test", 0.01)
@@ -3296,8 +3357,27 @@ def test_what_a_stopped_drawing_left_is_gone_or_cleaned_up_by_the_next(number, t
 def test_pack_of_a_table_whose_paths_are_all_wrong_makes_nothing_and_says_so(tmp_path):
     (tmp_path / "table.csv").write_text("path,caption\nnowhere/a.jpg,one\nnowhere/b.jpg,two\n")
     code, _, said = command("pack", tmp_path / "table.csv", tmp_path / "out")
-    assert code == 2 and "not one image could be read" in said and "nowhere/a.jpg" in said
+    assert code == 2 and "none of its first paths is a file" in said and "nowhere/a.jpg" in said
+    photos_in(tmp_path, ["broken.jpg"])
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "table.csv").write_text("path,caption\nbroken.jpg,one\n")
+    code, _, said = command("pack", tmp_path / "table.csv", tmp_path / "out")
+    assert code == 2 and "not one image could be read" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_that_pack_prints_works_also_where_captions_are_missing(tmp_path):
+    photos_in(tmp_path, [f"{n}.jpg" for n in range(40)])
+    rows = [f"{n}.jpg,{'' if n % 4 == 0 else f'number {n}'}" for n in range(40)]
+    (tmp_path / "some.csv").write_text("path,caption\n" + "\n".join(rows))
+    out = tmp_path / "c::d {0..1}"
+    _, said, _ = command("pack", tmp_path / "some.csv", out, "--test", 0.4)
+    assert "10 left out, of these 10 without caption" in said
+    next_one = shlex.split(said.splitlines()[-1])
+    assert next_one[:2] == ["python", "mae_clip.py"] and next_one[-2:] == ["--batch-size", "18"]
+    run(*next_one[2:], "--scale", "tiny", "--steps", 1, "--workers", 0, "--warmup", 1)
+    results = json.loads(Path(f"{out}-run", "results.json").read_text())
+    assert results["retrieval"]["n"] == 12
 
 
 def test_pack_leaves_a_jpeg_of_several_pictures_as_a_phone_writes_it(tmp_path):
@@ -3758,6 +3838,35 @@ def test_a_task_that_fails_costs_itself_alone_and_a_line(trained, tmp_path, caps
     assert (second / "reconstructions.png").exists()
 
 
+def test_the_scores_of_a_set_do_not_take_the_place_of_those_of_one_that_failed(trained, tmp_path):
+    model, tokenizer, _ = mae_clip.load(trained["clip"])
+    good = labelled_folder(tmp_path / "good", 8)
+    bad = labelled_folder(tmp_path / "bad", 8)
+    tar_of(bad / "test" / "0.tar", [("x.jpg", picture()[:300]), ("x.cls", b"0")])
+    results = evaluation.evaluate(model, tokenizer, f"{bad}::{good}")
+    assert list(results) == [f"zero_shot {good}"]
+    assert results[f"zero_shot {good}"]["images"] == {
+        "acc1": 8,
+        "mean_per_class_recall": 8,
+    }
+
+
+def test_a_run_that_has_nothing_to_score_keeps_the_scores_it_had(trained, tmp_path, capsys):
+    model, tokenizer, _ = mae_clip.load(trained["clip"])
+    good = str(labelled_folder(tmp_path / "good", 8))
+    bad = labelled_folder(tmp_path / "bad", 8)
+    tar_of(bad / "test" / "0.tar", [("x.jpg", picture()[:300]), ("x.cls", b"0")])
+    file = tmp_path / "results.json"
+    evaluation.score_run(model, tokenizer, good, tmp_path, {"steps": 1})
+    before = json.loads(file.read_text())
+    assert before["steps"] == 1 and "acc1" in before["zero_shot"]
+    evaluation.score_run(model, tokenizer, "", tmp_path, {"steps": 1})
+    assert "so nothing is scored" in capsys.readouterr().out
+    with pytest.raises(DataError, match="trained and saved, but none of --eval-data could be"):
+        evaluation.score_run(model, tokenizer, str(bad), tmp_path, {"steps": 1})
+    assert json.loads(file.read_text()) == before
+
+
 def test_a_picture_that_cannot_be_written_does_not_cost_the_results(trained, tmp_path, capsys):
     model, tokenizer, _ = mae_clip.load(trained["mae"])
     shard = captioned_shard(tmp_path / "dev.tar")
@@ -4200,7 +4309,8 @@ def test_the_logit_scale_stays_between_1_and_100(tmp_path):
 def test_a_run_without_a_finite_loss_ends_and_says_what_to_do(tmp_path):
     flags = ("--method", "clip", "--lr", 1e30, "--warmup", 0, "--steps", 20, "--log-every", 2)
     done = run(*TINY, *flags, "--out", tmp_path / "run", code=2)
-    assert "no loss of 10 steps was finite; begin anew, with lower --lr" in said_in_one_line(done)
+    said = said_in_one_line(done)
+    assert "no loss of 10 steps was finite; begin anew, with lower --lr and another --out" in said
 
 
 def test_a_few_steps_that_are_not_finite_do_not_end_a_run(tmp_path, monkeypatch):
@@ -4213,9 +4323,10 @@ def test_a_few_steps_that_are_not_finite_do_not_end_a_run(tmp_path, monkeypatch)
 
     monkeypatch.setattr(mae_clip, "train_step", failing)
     flags = ("--method", "clip", "--steps", 12, "--log-every", 1)
-    run(*TINY, *flags, "--out", tmp_path / "run")
+    said = run(*TINY, *flags, "--out", tmp_path / "run").stdout
     records = logged(tmp_path / "run")
     assert [(record["step"], record["skipped"]) for record in records] == [(1, 0), (4, 2), (5, 0)]
+    assert "step 12: the last 7 changed nothing: loss not finite" in said
     assert (tmp_path / "run" / "results.json").exists()
 
 
@@ -5505,6 +5616,23 @@ def test_a_folder_that_another_run_is_in_is_refused_with_its_process(tmp_path):
     assert f"process {os.getpid()} on " in said
     with machine.own_folder(tmp_path):  # it is free again
         pass
+
+
+def test_the_failure_of_another_rank_is_told_in_one_line_and_ones_own_as_it_is(tmp_path):
+    with (
+        pytest.raises(DataError, match="^another process of this run has failed"),
+        machine.own_folder(tmp_path),
+    ):
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="own"), machine.own_folder(tmp_path):
+        raise RuntimeError("own")
+
+
+def test_the_report_of_torchrun_ends_with_the_line_of_the_rank_that_failed(tmp_path):
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    wrong = ("--scale", "tiny", "--out", tmp_path / "run", "--eval-data", tmp_path / "nowhere")
+    report = python(*command, HERE / "mae_clip.py", *wrong).stderr.split("Root Cause")[1]
+    assert f"mae_clip.py: error: {tmp_path}/nowhere: no such shard" in report
 
 
 def test_resume_without_a_checkpoint_says_that_the_run_begins(tmp_path):
