@@ -12,6 +12,7 @@ import time
 import timeit
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
@@ -96,9 +97,6 @@ class Signals:
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                 self.previous[number] = signal.signal(number, self.handle)
-        if sys.platform == "linux" and not self.alone:
-            # PR_SET_PDEATHSIG: when torchrun itself is killed, its ranks save and end.
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)
         return self
 
     def __exit__(self, *_):
@@ -150,6 +148,25 @@ def ranks():
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+STARTER = os.getppid()  # torchrun, in a run of several processes
+
+
+@contextmanager
+def process_group():
+    """Inside `with`, the processes that torchrun started are one group. They end with it, also when
+    it is killed: those that train save before."""
+    if "WORLD_SIZE" in os.environ:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != STARTER:  # it has been killed before that
+            sys.exit(143)
+        # A long time to wait, as rank 0 scores alone. If a rank fails, torchrun ends the others.
+        dist.init_process_group(timeout=timedelta(days=1))
+    yield
+    if "WORLD_SIZE" in os.environ:
+        dist.destroy_process_group()
 
 
 def from_first(function, *arguments):

@@ -39,10 +39,9 @@ import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# To be set before torch is imported. While GNU OpenMP's threads wait for each other they keep their
-# cores busy, for milliseconds by default, and so take them from the threads that are waited for if
-# other programs run too. With this a busy machine was measured to train 20 times as fast
-# (docs/results.md).
+# To be set before torch is imported. Waiting threads of GNU OpenMP spin, for milliseconds by
+# default. If other programs run too, spinning threads hold the cores that working threads need.
+# With this a busy machine was measured to train 20 times as fast (docs/results.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -80,7 +79,7 @@ class ModelConfig:
     text_depth: int = 1  # blocks of the text tower
     text_heads: int = 3  # attention heads of the text tower
     context: int = 16  # tokens a caption, SOT and EOT included
-    vocab_size: int = 512  # token ids: so many are learned at most; a given tokenizer has its own
+    vocab_size: int = 512  # number of token ids; of a tokenizer that is learned: at most
     embed: int = 64  # width of the space that images and captions share
     decoder_width: int = 64  # of the decoder's tokens (MAE: 512)
     decoder_depth: int = 1  # blocks of the decoder (MAE: 8)
@@ -212,7 +211,7 @@ def random_text_mask(noise, tokens, ratio):
     T = tokens.shape[1]
     position = torch.arange(T, device=tokens.device)
     end = caption_end(tokens)
-    between = (position > 0) & (position < end)  # (B,T): SOT and EOT
+    between = (position > 0) & (position < end)  # (B,T): True strictly between SOT and EOT
     # The first argsort lists positions by their noise, with SOT, EOT and padding last; the argsort
     # of that list is the rank of each position in it.
     rank = noise.masked_fill(~between, 2).argsort(dim=1).argsort(dim=1)
@@ -223,7 +222,8 @@ def random_text_mask(noise, tokens, ratio):
     kept = torch.tensor(kept_of_length, device=tokens.device)[end - 1]  # (B,1)
     mask = between & (rank >= kept)
     # K is what a full caption keeps. A shorter one keeps at most K, so the first K positions of
-    # the list hold all that it keeps. It loses at most T - K, so the rest holds all that it loses.
+    # removed_last(mask) hold all that it keeps. It loses at most T - K, so the others hold all that
+    # it loses.
     K = 2 + kept_of_length[-1]
     return removed_last(mask)[:, :K], mask
 
@@ -231,9 +231,9 @@ def random_text_mask(noise, tokens, ratio):
 class Masked(NamedTuple):
     """What the masked pass knows of one modality (N stands for patches or tokens).
 
-    keep and removed are together all N positions. A short caption loses fewer than R tokens: then
-    `removed` begins with spare slots, which are padding. There `mask` is False, and no loss counts
-    them.
+    keep and removed are together all N positions. A short caption may lose fewer than R tokens:
+    then `removed` begins with spare slots, which are padding. There `mask` is False, and no loss
+    counts them.
     """
 
     keep: torch.Tensor  # (B,K) positions that the encoder sees
@@ -267,7 +267,7 @@ class Attention(nn.Module):
         # (B,1,1,T): nothing attends to padding.
         attendable = None if real is None else real[:, None, None]
         if q.is_cpu:
-            # Plain products: on a CPU SDPA is slower, but for long sequences in float32
+            # Plain products: on a CPU SDPA is slower, except for long sequences in float32
             # (docs/results.md).
             scores = (q @ k.mT) * q.shape[-1] ** -0.5
             if attendable is not None:
@@ -557,7 +557,7 @@ def simclr_loss(a, b, temperature=0.1):
 
 # Why n GPUs give the loss and the gradient of one, if each has as many rows as the others. In
 # short: every rank computes the same loss, and the backward pass of `gather` adds up what all ranks
-# send, so each gradient is n times too large; the mean over ranks divides by n. In full:
+# send, so the gradient of each row is n times too large; the mean over ranks divides by n. In full:
 # Forward. Rank w computes a part l_w of the loss, from its own rows (features of images, captions
 # or views, or errors of removed positions) and, where rows must find each other, from the gathered
 # features of all. of_all_ranks gathers these parts, and their mean (in masked_mean their sum over
@@ -583,8 +583,8 @@ def gather(x):
     """(B,...) -> (G,...): the rows of all ranks, in their order, with gradient."""
     if not dist.is_initialized():
         return x
-    # chunk(1)[0] is the tensor itself. It stands here for its backward pass, which makes the
-    # gradient contiguous in memory, as all_gather's own backward pass needs it before torch 2.13.
+    # chunk(1)[0] changes nothing in the forward pass. Its backward pass makes the gradient
+    # contiguous in memory, as all_gather's own backward pass needs it before torch 2.13.
     return all_gather(x, 0, dist.group.WORLD).chunk(1)[0]
 
 
@@ -723,7 +723,7 @@ class MAECLIP(nn.Module):
         return image_masked, text_masked, encoded_image, *predictions
 
     def outputs(self, images, tokens, image_noise, text_noise, *views):
-        """Everything that the losses are computed from, by name, a row for each sample."""
+        """All tensors that the losses are computed from, by name, a row for each sample."""
         config = self.config
         images = normalise_images(images)  # once: the encoder leaves floats as they are
         image_masked = text_masked = None
@@ -749,8 +749,8 @@ class MAECLIP(nn.Module):
                 # The same noise and ratio leave the same patches: pass 2 has encoded them already.
                 encoded = encoded_visible
             else:
-                # Of the same noise, so the patches that the larger of the two ratios keeps are
-                # among those that the smaller one keeps.
+                # Both masks come from the same noise, so the pass that keeps fewer patches sees
+                # a part of the other's.
                 keep, _ = random_mask(image_noise, ratio)
                 encoded = self.image_encoder(images, keep)
             found["image_features"] = self.image_feature(encoded)  # (B,E)
@@ -851,7 +851,6 @@ import re
 import sys
 import time
 from dataclasses import fields, replace
-from datetime import timedelta
 from pathlib import Path
 
 from tqdm import tqdm
@@ -866,6 +865,7 @@ from machine import (
     own_folder,
     pick_device,
     plain,
+    process_group,
     ranks,
     save_whole,
     say_last,
@@ -881,8 +881,19 @@ CHOICES = {
     "optimizer": ["muon", "adamw"],
 }
 # The least value allowed of each setting. Of one that is not listed: 1 for an int, 0 for a float.
-LOWEST = {"seed": 0, "data_seed": 0, "samples": 0, "stop_after": 0, "warmup": 0, "workers": 0}
-LOWEST |= {"eval_every": 0, "batch_size": 2, "crop": 0.01, "context": 3, "vocab_size": 259}
+LOWEST = {
+    "seed": 0,
+    "data_seed": 0,
+    "samples": 0,
+    "stop_after": 0,
+    "warmup": 0,
+    "workers": 0,
+    "eval_every": 0,
+    "batch_size": 2,
+    "crop": 0.01,
+    "context": 3,
+    "vocab_size": 259,
+}
 SHARES = "mask_ratio text_mask_ratio contrastive_mask_ratio crop".split()
 
 
@@ -901,7 +912,7 @@ class Config(ModelConfig):
     log_every: int = 50  # steps between lines of the log
     save_every: int = 500  # steps between checkpoints
     data: str = ""  # shards (paths, folders, globs, {0..9}, pipe:), joined by ::; empty: scenes
-    samples: int = 0  # train on so many samples of the data alone; 0: on all
+    samples: int = 0  # train on only this many samples of the data; 0: on all
     resample: bool = False  # draw shards with replacement, without end, and read each through
     tokenizer: str = ""  # file that data.py tokenizer wrote; empty: --init's, or learned
     eval_data: str = ""  # sets to score, joined by :: (captioned shards, labelled folders)
@@ -1127,7 +1138,7 @@ class Run:
     loader: Loader
     step: int = 0
     seconds: float = 0.0  # of training, in all sittings; added up at each line of the log
-    position: int = 0  # where a stream goes on: the loader's, the furthest over all ranks
+    position: int = 0  # the shard at which a stream goes on: the furthest loader's of all ranks
     logged: str = ""  # what log.jsonl holds of the steps so far
 
 
@@ -1218,8 +1229,8 @@ def open_run(config):
 
 def open_data(config, state, merges=None):
     """state: what open_run found; merges: those of the tokenizer that --init brings -> the training
-    Loader with its tokenizer, and the config with what is known only now: vocab_size is the
-    tokenizer's. Without --data it names the built-in scenes, and without --eval-data their sets."""
+    Loader with its tokenizer, and the config with what is known only now: the tokenizer's
+    vocab_size, and without --data the built-in scenes (and their sets, if none were given)."""
     rank, world = ranks()
     if config.batch_size % world:
         raise DataError(
@@ -1296,7 +1307,7 @@ def announce(run, device, autocast):
     print(
         f"method      {config.method}, {sum(each.numel() for each in run.model.parameters()):,} "
         f"parameters, images at {config.image_size} px\n"
-        f"loss        of weights {config.weights()}\n"
+        f"loss        weights {config.weights()}\n"
         f"{run.loader.about()}\n"
         f"device      {device}, {ranks()[1]} process(es), {precision}\n"
         f"steps       {run.step:,} to {config.steps:,}, {warmup}; "
@@ -1310,12 +1321,14 @@ def log(run, rows, seconds, waited):
     """Writes and shows a record of the last steps: rates, and means of `rows`, which are what
     train_step gave at each step -> the terms in words.
 
-    Where no step was finite there is nothing to write -> "": the caller keeps the rows for the next
-    record, and says so. If there are ten or more such rows, DataError."""
+    Where no step was finite, there is nothing to write but a warning -> "", and the caller keeps
+    the rows for the next record. If there are ten or more such rows, DataError."""
     config = run.config
+    first = ranks()[0] == 0
     good = [row for row in rows if row is not None]
     if not good:
-        tqdm.write(f"step {run.step:,}: the last {len(rows)} changed nothing: loss not finite")
+        if first:
+            tqdm.write(f"step {run.step:,}: the last {len(rows)} changed nothing: loss not finite")
         if len(rows) < 10:  # too few to judge by
             return ""
         raise DataError(
@@ -1339,11 +1352,13 @@ def log(run, rows, seconds, waited):
         record["scale"] = run.model.logit_scale.exp().item()
     write_record(run, record)
     terms = " ".join(f"{name} {record[name]:.3f}" for name in config.weights())
-    if ranks()[0] == 0:
+    if first:
         tqdm.write(
             f"step {run.step:,} {terms} {record['pairs_per_second']:.0f} pairs/s "
             f"{record['waiting']:.0%} waiting"
         )
+    if "contrastive" in record:
+        terms += f", chance {math.log(config.batch_size):.3f}"
     return terms
 
 
@@ -1355,8 +1370,8 @@ def fit(run, net, device, autocast):
     config = run.config
     rank, _ = ranks()
     last = min(config.steps, config.stop_after or config.steps)
-    # A stream goes on at a shard, the one of number `position`. Local shards go on at a step; their
-    # position is always 0.
+    # batches() takes a shard's number for a stream, and a step for local shards, whose position is
+    # always 0.
     batches = run.loader.batches(run.loader.position or run.step)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
     # False while a step is under way, until it is counted and logged: nothing is saved then.
@@ -1389,7 +1404,7 @@ def fit(run, net, device, autocast):
                     seconds = time.time() - since
                     terms = log(run, rows, seconds, waited)
                     if terms:
-                        bar.set_postfix_str(f"{terms}, chance {math.log(config.batch_size):.3f}")
+                        bar.set_postfix_str(terms)
                         run.seconds += seconds
                         since, waited, rows = time.time(), 0.0, []
                 whole = True
@@ -1402,7 +1417,7 @@ def fit(run, net, device, autocast):
                 # the same step, and how far the furthest is in its stream.
                 own = torch.tensor([[signals.came, run.loader.position]], device=device)
                 signal, run.position = gather(own).amax(dim=0).tolist()
-                if run.step < last:  # else there is nothing to stop, and the end saves
+                if run.step < last:  # else there is nothing to stop, and `finally` saves
                     stopped = signal
                     if rank == 0 and run.step % config.save_every == 0:
                         save_checkpoint(run)
@@ -1417,13 +1432,8 @@ def fit(run, net, device, autocast):
 def train(config):
     """One run, from its first step or its newest checkpoint to its results -> the exit code."""
     device, autocast = pick_device(config)
-    if "WORLD_SIZE" in os.environ:
-        # A long time to wait, as rank 0 scores alone. If a rank fails, torchrun ends the others.
-        dist.init_process_group(timeout=timedelta(days=1))
-    with own_folder(config.out):
+    with process_group(), own_folder(config.out):
         stopped = train_in_folder(config, device, autocast)
-    if "WORLD_SIZE" in os.environ:
-        dist.destroy_process_group()
     return 128 + stopped if stopped else 0
 
 
@@ -1477,7 +1487,7 @@ def finish(run):
     if run.step < config.steps:
         print(f"stopped and saved at step {run.step:,}; to go on add --resume to the command")
         return
-    print(f"trained and saved in {config.out}; now scored, by --resume again if interrupted")
+    print(f"trained and saved in {config.out}; now scoring (if interrupted, --resume does it)")
     record = {"seconds": run.seconds, "steps": run.step, "config": plain(config)}
     score_run(run.model, run.loader.tokenizer, config.eval_data, config.out, record)
 

@@ -4171,8 +4171,10 @@ def finished(request, tmp_path_factory, cache):
 
 
 def test_a_run_says_before_training_what_will_happen(finished):
-    for name in ("method", "device", "data", "steps"):
+    for name in ("method", "loss", "data", "images", "device", "steps"):
         assert re.search(f"^{name} ", finished.said, re.MULTILINE), name
+    contrasts = "contrastive" in METHODS[finished.method]
+    assert ("\nchance      a contrastive loss of 3.466\n" in finished.said) == contrasts
     assert finished.method in finished.said
 
 
@@ -4532,7 +4534,7 @@ def test_what_is_secret_in_a_command_is_neither_shown_nor_kept(tmp_path):
 
 def test_training_across_two_processes_in_pieces_equals_one(tmp_path):
     steps = (*TINY, "--steps", 4, "--log-every", 2, "--precision", "fp32")
-    with mock.patch("eval.evaluate", return_value={}), mock.patch("eval.format_results"):
+    with mock.patch("eval.score_run"):
         run(*steps, "--out", tmp_path / "one")
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     flags = [*steps, "--accumulate", 2, "--out", tmp_path / "two"]
