@@ -85,11 +85,13 @@ def results_of(loader):
     try:
         yield results
     finally:
+        with suppress(AttributeError, ValueError):  # Windows has none; not in the main thread
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error now
         for worker in workers:
             worker.terminate()  # which torch's handler in the worker makes a regular end
 
 
-def in_parallel(function, jobs):
+def in_parallel(function, jobs, title):
     """Yields function(job) of each job, in order, by worker processes, with a progress bar."""
     loader = DataLoader(
         jobs,
@@ -100,7 +102,7 @@ def in_parallel(function, jobs):
     )
     try:
         with results_of(loader) as results:
-            yield from tqdm(results, total=len(jobs), leave=False, disable=None)
+            yield from tqdm(results, title, len(jobs), leave=False, disable=None)
     except RuntimeError as error:  # torch's, of a worker that was killed
         raise DataError(f"a worker process failed: {one_line(error)}") from None
 
@@ -116,9 +118,9 @@ FOLDER_NAMES = ("train/*.tar", "train*.tar", "*.tar")  # a folder's shards: the 
 
 def parts_of(source):
     """A source -> the paths and commands that are joined in it."""
-    source = source.strip()
     if os.path.exists(re.sub(r"/[^/]*[*{][^/]*$", "", source)):  # a path may hold `::`
         return [source]
+    source = source.strip()
     paths, *commands = re.split("(?i:(?:^|::) *pipe:)", source)
     parts = [path for path in paths.split("::") if path or not commands]
     return parts + [f"pipe:{command}" for command in commands]
@@ -146,7 +148,10 @@ def expand(source):
             for names in FOLDER_NAMES:
                 found = found or sorted(glob.glob(f"{glob.escape(part)}/{names}"))
             if not found:
-                raise DataError(f"{part}: a folder without {', '.join(FOLDER_NAMES)}")
+                raise DataError(
+                    f"{part}: a folder without {', '.join(FOLDER_NAMES)}; `data.py pack` makes "
+                    "shards of photos"
+                )
         elif numbers:
             first, last = numbers.groups()
             for number in range(int(first), int(last) + 1):
@@ -650,7 +655,8 @@ class LocalShards:
     def __init__(self, loader, shards):
         self.loader = loader
         self.shards = shards
-        indexes = list(in_parallel(index_shard, [(shard, loader.captions) for shard in shards]))
+        jobs = [(shard, loader.captions) for shard in shards]
+        indexes = list(in_parallel(index_shard, jobs, "indexing"))
         keys, lengths, rows, bad, texts = zip(*indexes, strict=True)
         self.bad = sum(bad, [])  # (name, cause) of what is of no use
         self.keys = b"".join(keys)
@@ -800,14 +806,20 @@ class Loader:
             self.reader = LocalShards(self, shards)
             self.count(self.reader.bad, once=False)
             found = len(self.reader.rows)
-            if not self.reader.epoch_size or found < max(self.samples, len(self.reader.bad)):
+            enough = max(self.samples, len(self.reader.bad), 1)
+            if found >= enough and not self.reader.epoch_size:
+                raise DataError(
+                    f"{self.source}: {len(self.reader.chosen)} usable samples, a batch is "
+                    f"{self.batch_size * self.world}: lower --batch-size; {self.report()}"
+                )
+            if found < enough:
                 fields = list(next(read_samples(shards[0]), {}))[1:7]
                 raise DataError(
                     f"{self.source}: {found} usable samples, a batch is "
                     f"{self.batch_size * self.world}, --samples {self.samples}; {self.report()}; "
                     f"the first sample has {fields}; a sample is KEY.jpg, jpeg, png or webp and "
                     "next to it, but for mae, KEY.txt or KEY.json with `caption`, no dot in KEY; "
-                    "`data.py pack` makes captions of class names"
+                    "`data.py pack` makes shards of photos"
                 )
         self.identity = self.reader.identity
         # If all images together have at most 256 MiB, and none is cropped at random, they stay

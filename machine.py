@@ -33,10 +33,13 @@ def bf16_speedup(width):
     """Of a matrix product of that width on this CPU: the time in float32 over that in bfloat16."""
 
     def seconds(x):
-        return min(timeit.repeat(lambda: x @ x.T, number=1, repeat=5))
+        return timeit.timeit(lambda: x @ x.T, number=1)
 
     x = torch.ones(1024, width)
-    return seconds(x) / seconds(x.bfloat16())
+    # By turns, and of each the least: other programs may be running.
+    rounds = [(seconds(x), seconds(x.bfloat16())) for _ in range(8)]
+    full, half = map(min, zip(*rounds, strict=True))
+    return full / half
 
 
 def keep_memory():

@@ -150,12 +150,15 @@ def draw_reconstructions(config, tokenizer, found, path):
             sheet.paste(picture, (8 + place * step, 32 + row * step))
     if found["text_mask"].any():
         x = 8 + len(columns) * step
-        draw.text((x, 8), "caption, [removed:predicted]", "black", font)
+        title = "caption, [removed:predicted]"
         for row in range(rows):
             ids = [found[name][row].tolist() for name in ("tokens", "text", "text_mask")]
             text = caption_text(tokenizer, *ids).replace("][", "] [")  # lines break between them
+            if "\\" in text:
+                title = "caption, [removed:predicted]; escapes: not ASCII"
             lines = textwrap.fill(text, 44, max_lines=9)
             draw.text((x, 32 + row * step), lines, "black", font)
+        draw.text((x, 8), title, "black", font)
     if "prediction alone" in columns:
         note = "prediction alone: at the mean and contrast of the visible patches\n"
         note += "reconstruction: at each removed patch's true ones, which are not predicted"

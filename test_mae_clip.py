@@ -2554,8 +2554,8 @@ def test_samples_of_a_source_are_nested_and_the_same_for_every_seed(tmp_path):
             )
         assert chosen[count, 0] == chosen[count, 1]
     assert set(chosen[3, 0]) < set(chosen[4, 0]) < set(chosen[12, 0])
-    for wrong in (13, 1):
-        with pytest.raises(data.DataError, match=f"12 usable samples.*--samples {wrong}"):
+    for wrong, says in ((13, "12 usable samples.*--samples 13"), (1, "1 usable samples, a batch")):
+        with pytest.raises(data.DataError, match=says):
             loader_of(shards, 2, samples=wrong)
     with pytest.raises(data.DataError, match="--samples"):
         loader_of(f"pipe:cat {shards[0]}", samples=3)
@@ -2919,7 +2919,7 @@ def killed(job):
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_a_worker_that_is_killed_while_it_indexes_or_draws_is_one_line():
     with pytest.raises(DataError, match="a worker process failed: [^\n]*$"):
-        list(data.in_parallel(killed, [1, 2]))
+        list(data.in_parallel(killed, [1, 2], "work"))
 
 
 def test_a_truncated_tar_gives_its_whole_samples_and_the_loss_is_counted(tmp_path, capsys):
@@ -3242,6 +3242,11 @@ def test_pack_takes_the_columns_that_a_header_names_and_without_one_the_first_tw
         "\ufefffilename,caption\n0.jpg,a dog\n": ["a dog"],
         "path,caption_en,text_de,score\n0.jpg,a dog,ein Hund,3\n": ["a dog", "ein Hund"],
         "path,caption,caption_id,title_no\n0.jpg,a dog,817,4\n": ["a dog"],
+        "path,caption,commenter,comment_at,captioned\n0.jpg,a dog,bob,3,yes\n": ["a dog"],
+        "path,caption_en-US,caption-de,Text 2\n0.jpg,a,b,c\n": ["a", "b", "c"],
+        "\n\npath;caption\n0.jpg;a dog, running\n": ["a dog, running"],
+        "0.jpg;a dog, image\n": ["a dog, image"],
+        'path, caption\n0.jpg, "a dog, a cat"\n': ["a dog, a cat"],
         "image,caption,path\n17,a dog,0.jpg\n": ["a dog"],
         "image_name| comment_number| comment\n0.jpg| 0| a dog, brown\n": ["a dog, brown"],
         "0.jpg,Image\n": ["Image"],  # no header, as its first cell is a photo
@@ -3270,7 +3275,7 @@ def test_pack_takes_the_columns_that_a_header_names_and_without_one_the_first_tw
     assert code == 2 and "open.csv: no csv, in the row that begins in line 3" in err
     (tmp_path / "more.csv").write_text('path,caption\n0.jpg,"a, b"\n1.jpg,a dog, brown\n')
     code, _, err = command("pack", tmp_path / "more.csv", tmp_path / "more")
-    assert code == 2 and "more.csv line 3, and 0 others: has more cells" in err
+    assert code == 2 and "1 rows have more cells than the first, 2, such as line 3" in err
     code, _, err = command("pack", tmp_path / "open.csv", tmp_path / "open", "--shard", 0)
     assert code == 2 and "--shard 0" in err
 
@@ -3287,10 +3292,10 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
     (photos / "empty").mkdir()
     out = tmp_path / "out"
     code, said, err = command("pack", photos, out, "--test", 0.3)
-    assert code == 0 and "or link to another {'.heic': 1, '.png': 2}" in said
+    assert code == 0 and "do not end in jpg, jpeg, png, webp: {'.heic': 1, '.png': 2}" in said
     assert "folders without photos ['empty']" in said and "2 left out" in said
     assert "broken.png: image header" in err and "No such file" in err
-    wanted = f"--data '{out}' --out '{out}-run' --eval-data '{out}' --batch-size 14"
+    wanted = f"--data {out} --out {out}-run --eval-data {out} --batch-size 14"
     assert f"python mae_clip.py {wanted}\n" in said
     assert (out / "classnames.txt").read_text().split() == ["cat", "dog", "v1.0"]
     labels = {"train": [], "test": []}
@@ -3309,13 +3314,23 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
     photos_in(tmp_path / "one", ["cat/0.png", "cat/1.png"], "PNG")
     code, _, err = command("pack", tmp_path / "one", tmp_path / "wrong", "--test", 0.5)
     assert code == 2 and "--test needs two class folders or more" in err
+    (tmp_path / "one" / "zebra").mkdir()  # a class of links, one to all that is there
+    (tmp_path / "one" / "all").symlink_to("..")
+    assert command("pack", tmp_path / "one", tmp_path / "linked")[0] == 0
+    assert (tmp_path / "linked" / "classnames.txt").read_text() == "cat"
+    photos_in(tmp_path / "one", [f"{n}.png" for n in range(3)], "PNG")
+    code, _, err = command("pack", tmp_path / "one", tmp_path / "wrong")
+    assert code == 2 and "3 photos lie beside the class folders ['cat'], and 2 in them" in err
     photos_in(tmp_path / "broken", ["line\nbreak/0.png"], "PNG")
     code, _, err = command("pack", tmp_path / "broken", tmp_path / "wrong")
     assert code == 2 and "name has a line break" in err
     (tmp_path / "head.csv").write_text("path,caption\n")
     (tmp_path / "one.csv").write_text("classes/cat/0.png,a cat\n")
     code, _, err = command("pack", tmp_path / "one.csv", tmp_path / "wrong", "--test", 0.01)
-    assert code == 2 and "of 1 photos that is none" in err
+    assert code == 2 and "of 1 photos that is 0" in err
+    photos_in(tmp_path / "flat", ["0.png", "1.png"], "PNG")
+    code, _, err = command("pack", tmp_path / "flat", tmp_path / "wrong", "--test", 0.9)
+    assert code == 2 and "--test 0.9: of 2 photos that is 2" in err
     assert command("pack", photos, tmp_path / "rare", "--test", 0.01)[0] == 0
     assert sorted(
         data.captions(sample)[0][-3:] for sample in packed(tmp_path / "rare", "test")
@@ -3370,11 +3385,13 @@ def test_the_command_that_pack_prints_works_also_where_captions_are_missing(tmp_
     photos_in(tmp_path, [f"{n}.jpg" for n in range(40)])
     rows = [f"{n}.jpg,{'' if n % 4 == 0 else f'number {n}'}" for n in range(40)]
     (tmp_path / "some.csv").write_text("path,caption\n" + "\n".join(rows))
-    out = tmp_path / "c::d {0..1}"
-    _, said, _ = command("pack", tmp_path / "some.csv", out, "--test", 0.4)
-    assert "10 left out, of these 10 without caption" in said
+    (tmp_path / "39.jpg").write_bytes(b"no image")
+    out = tmp_path / "c::d's $HOME {0..1}"
+    _, said, err = command("pack", tmp_path / "some.csv", out, "--test", 0.4)
+    assert "17 samples for training and 12 for test; 11 left out, of these 10 without" in said
+    assert err.count("left out: ") == 1 and "39.jpg" in err
     next_one = shlex.split(said.splitlines()[-1])
-    assert next_one[:2] == ["python", "mae_clip.py"] and next_one[-2:] == ["--batch-size", "18"]
+    assert next_one[:2] == ["python", "mae_clip.py"] and next_one[-2:] == ["--batch-size", "17"]
     run(*next_one[2:], "--scale", "tiny", "--steps", 1, "--workers", 0, "--warmup", 1)
     results = json.loads(Path(f"{out}-run", "results.json").read_text())
     assert results["retrieval"]["n"] == 12
@@ -3400,7 +3417,7 @@ def test_photos_without_captions_are_a_test_set_for_mae_and_for_it_alone(tmp_pat
     photos_in(tmp_path / "photos", [f"{n}.jpg" for n in range(40)])
     out = tmp_path / "out"
     said = command("pack", tmp_path / "photos", f"{out}/", "--test", 0.25)[1]
-    wanted = f"--data '{out}' --out '{out}-run' --eval-data '{out}' --method mae --batch-size 30"
+    wanted = f"--data {out} --out {out}-run --eval-data {out} --method mae --batch-size 30"
     assert "40 photos have no caption" in said and f"python mae_clip.py {wanted}\n" in said
     assert command("inspect", out)[0] == 0
     flags = ("--scale", "tiny", "--data", out, "--eval-data", out, "--batch-size", 8, "--steps", 2)
@@ -3861,7 +3878,7 @@ def test_a_run_that_has_nothing_to_score_keeps_the_scores_it_had(trained, tmp_pa
     before = json.loads(file.read_text())
     assert before["steps"] == 1 and "acc1" in before["zero_shot"]
     evaluation.score_run(model, tokenizer, "", tmp_path, {"steps": 1})
-    assert "so nothing is scored" in capsys.readouterr().out
+    assert "nothing is scored" in capsys.readouterr().out
     with pytest.raises(DataError, match="trained and saved, but none of --eval-data could be"):
         evaluation.score_run(model, tokenizer, str(bad), tmp_path, {"steps": 1})
     assert json.loads(file.read_text()) == before

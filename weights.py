@@ -140,6 +140,7 @@ def export_tower(checkpoint, path):
         save_whole(tower, Path(path))
     pool = {"gap": "avg", "max": "max", "cls": "token"}[config.pool]
     return (
+        f"import timm, {read.split('.load')[0]}\n"
         f"tower = timm.models.VisionTransformer(img_size={config.image_size}, "
         f"patch_size={config.patch_size}, embed_dim={config.width}, depth={config.depth},\n"
         f'    num_heads={config.heads}, num_classes=0, global_pool="{pool}", fc_norm=False)\n'
