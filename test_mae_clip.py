@@ -3295,7 +3295,7 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
     assert code == 0 and "do not end in jpg, jpeg, png, webp: {'.heic': 1, '.png': 2}" in said
     assert "folders without photos ['empty']" in said and "2 left out" in said
     assert "broken.png: image header" in err and "No such file" in err
-    wanted = f"--data {out} --out {out}-run --eval-data {out} --batch-size 14"
+    wanted = f"--data {out} --out {out}-run --eval-data {out} --batch-size 15"
     assert f"python mae_clip.py {wanted}\n" in said
     assert (out / "classnames.txt").read_text().split() == ["cat", "dog", "v1.0"]
     labels = {"train": [], "test": []}
