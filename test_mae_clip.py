@@ -3314,8 +3314,8 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
     photos_in(tmp_path / "one", ["cat/0.png", "cat/1.png"], "PNG")
     code, _, err = command("pack", tmp_path / "one", tmp_path / "wrong", "--test", 0.5)
     assert code == 2 and "--test needs two class folders or more" in err
-    (tmp_path / "one" / "zebra").mkdir()  # a class of links, one to all that is there
-    (tmp_path / "one" / "all").symlink_to("..")
+    (tmp_path / "one" / "zebra").mkdir()  # a link to all that is there
+    (tmp_path / "one" / "all").symlink_to(".")
     assert command("pack", tmp_path / "one", tmp_path / "linked")[0] == 0
     assert (tmp_path / "linked" / "classnames.txt").read_text() == "cat"
     photos_in(tmp_path / "one", [f"{n}.png" for n in range(3)], "PNG")
