@@ -163,8 +163,10 @@ def process_group():
     if "WORLD_SIZE" in os.environ:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() != STARTER:  # it has been killed before that
-            sys.exit(143)
+            # It may have been killed before: then another process is the parent, mostly init.
+            init = os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes()
+            if init or os.getppid() != STARTER:
+                sys.exit(143)
         # A long time to wait, as rank 0 scores alone. If a rank fails, torchrun ends the others.
         dist.init_process_group(timeout=timedelta(days=1))
     yield
