@@ -89,6 +89,8 @@ def results_of(loader):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error now
         for worker in workers:
             worker.terminate()  # which torch's handler in the worker makes a regular end
+        for worker in workers:
+            worker.join(5)
 
 
 def in_parallel(function, jobs, title):
@@ -815,8 +817,8 @@ class Loader:
             if found < enough:
                 fields = list(next(read_samples(shards[0]), {}))[1:7]
                 raise DataError(
-                    f"{self.source}: {found} usable samples, a batch is "
-                    f"{self.batch_size * self.world}, --samples {self.samples}; {self.report()}; "
+                    f"{self.source}: {found} usable samples, which must be half of all and "
+                    f"--samples {self.samples}; {self.report()}; "
                     f"the first sample has {fields}; a sample is KEY.jpg, jpeg, png or webp and "
                     "next to it, but for mae, KEY.txt or KEY.json with `caption`, no dot in KEY; "
                     "`data.py pack` makes shards of photos"

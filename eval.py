@@ -363,6 +363,8 @@ def open_sets(sources, structured=False):
             names = ["objects", "count", "position", "relation"] if structured else ["objects"]
             sets += [open_folder(folder / name) for name in names]
             sets.append(EvalSet(f"{folder}/dev-00000.tar"))
+        elif str(folder).startswith("pipe:") and folder.is_dir():
+            raise DataError(f"{source}: pipe: begins a command; name the folder otherwise")
         elif folder.is_dir():
             sets.append(open_folder(folder))
         else:
@@ -745,7 +747,9 @@ def score_run(model, tokenizer, eval_data, out, record):
 
 # --- Tables ---------------------------------------------------------------------------------------
 def show(value, measure):
-    """A rate in per cent, a loss as it is; 0 without a minus."""
+    """A rate in per cent, a loss as it is; 0 without a minus, None as -."""
+    if value is None:
+        return "-"
     if "loss" in measure:
         return f"{round(value, 3) + 0.0:.3f}"
     return f"{round(100 * value, 1) + 0.0:.1f} %"
@@ -800,12 +804,13 @@ def suite(checkpoints, datasets, tasks, device="cpu", untrained=False):
         example = next(iter(scores.values()))
         # By another chance (of another image size, or tokenizer) a measure is another one.
         same = len({score.chance for score in scores.values()}) == 1
+        chance = example.chance if same else None
         if same and len(compared) == 2 and scores.keys() >= set(compared):
             first, second = compared
             scores[f"{first} less {second}"] = scores[first].less(scores[second])
         row = dict(zip(("set", "task", "measure"), key, strict=True))
         row["set"] = data.public(row["set"])
-        row |= {"images": example.images(), "chance": example.chance}
+        row |= {"images": example.images(), "chance": chance}
         row["values"] = {title: spread(score) for title, score in scores.items()}
         rows.append(row)
     return rows
@@ -1006,7 +1011,7 @@ def run(argv):
     rows = suite(args.paths, datasets, tasks, device, args.untrained)
     if not rows:
         if args.command == "suite":
-            raise DataError("no task of the suite fits these checkpoints and sets")
+            raise DataError("no task of the suite fits these checkpoints and sets, or all failed")
         sys.exit(2)  # why has been said
     if args.command == "reconstruct":
         path = Path(args.out or run_folder(args.paths[0]) / "reconstruct.png")

@@ -1380,7 +1380,7 @@ def fit(run, net, device, autocast):
     bar = tqdm(
         total=config.steps,
         initial=run.step,
-        bar_format="{n}/{total}, {remaining} left{postfix}",
+        bar_format="{percentage:.0f}%, {remaining} left{postfix}",
         disable=rank > 0 or None,
     )
     with Signals() as signals, bar:

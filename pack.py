@@ -6,7 +6,6 @@ docs/data.md says what becomes of what.
 """
 
 import csv
-import glob
 import io
 import json
 import os
@@ -69,18 +68,19 @@ def rows_of(source):
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{source} line {line}: is not in UTF-8; save it as such") from None
-    if source.suffix.lower() == ".tsv":  # there quotes are part of the text
-        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    else:
-        delimiter = delimiter_of(source, text.lstrip().split("\n")[0])
-        style = {"delimiter": delimiter, "strict": True, "skipinitialspace": True}
+    delimiter = delimiter_of(source, text.lstrip().split("\n")[0])
+    if source.suffix.lower() == ".tsv":
+        delimiter = "\t"
+    style = {"delimiter": delimiter, "strict": True, "skipinitialspace": True}
+    if source.suffix.lower() == ".tsv" or delimiter == "|":
+        style["quoting"] = csv.QUOTE_NONE  # there quotes are part of the text
     csv.field_size_limit(1 << 30)
     reader = csv.reader(io.StringIO(text, newline=""), **style)
     rows = []
     line = 1
     try:
         for row in reader:
-            if row:
+            if any(cell.strip() for cell in row):
                 rows.append((line, row))
             line = reader.line_num + 1
     except csv.Error as error:
@@ -136,8 +136,20 @@ def read_table(source):
 def read_folder(folder):
     """A folder of class folders, or else of photos -> (path, fields, name for messages) of photos,
     names of the classes. What lies in folders whose names begin with a dot is not seen."""
-    found = [Path(name) for name in glob.glob("**", root_dir=folder, recursive=True)]
-    found = sorted(path for path in found if "__MACOSX" not in path.parts)
+    found = []
+    seen = set()
+    places = [Path()]
+    for place in places:  # which grow: a folder to which links lead counts by its shortest path
+        real = os.path.realpath(folder / place)
+        if real in seen:
+            continue
+        seen.add(real)
+        inside = [each for each in os.scandir(folder / place) if not each.name.startswith(".")]
+        for each in sorted(inside, key=lambda each: (each.is_symlink(), each.name)):
+            if each.name != "__MACOSX":
+                found.append(place / each.name)
+                places += [place / each.name] * each.is_dir()
+    found.sort()
     files = [path for path in found if not (folder / path).is_dir()]
     images = [file for file in files if file.suffix[1:].lower() in IMAGE_FIELDS]
     # Of a photo's several names (links) its own counts, if it lies in the folder.
@@ -221,6 +233,8 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
     folder = str(Path(folder))
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
+    if folder.startswith("pipe:"):
+        raise DataError(f"{folder}: pipe: begins a command; name the folder otherwise")
     if not 0 <= test < 1:
         raise DataError(f"--test {test:g}: must be a share from 0 to below 1, such as 0.1")
     if shard < 1 or size < 0:
@@ -242,7 +256,10 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
         print(reason, file=sys.stderr)
     photos = [photo for photo, reason in zip(photos, faults, strict=True) if not reason]
     if not photos:
-        raise DataError(f"{folder}: not made, since not one image could be read")
+        raise DataError(
+            f"{folder}: not made, since not one image could be read (of those with a caption, if "
+            "there is one)"
+        )
     order = np.random.default_rng(0).permutation(len(photos)).tolist()
     by_class = {}
     for n in order:
@@ -253,8 +270,12 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
         if classes and test:
             count = min(max(1, count), len(own) - 1)
         tested.update(own[:count])
-    if test and not 0 < len(tested) < len(photos):
-        raise DataError(f"--test {test}: of {len(photos)} photos that is {len(tested)}")
+    left = len(photos) - len(tested)  # for training
+    if test and not (tested and left > 1):
+        raise DataError(
+            f"--test {test}: leaves {left} of {len(photos)} photos for training, {len(tested)} for "
+            "the test; that needs one, and training two"
+        )
     jobs = []
     shards = {}  # of each split
     for split in ("test", "train"):
@@ -264,21 +285,23 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
             jobs.append((path, packed, first, part[first : first + shard], size))
             shards[split] = first // shard + 1
     build(folder, described(classes, [PACK_TEMPLATE], shards), jobs)
-    left = len(photos) - len(tested)  # for training
     print(
         f"{folder}: {left} samples for training and {len(tested)} for test; "
         f"{found - len(photos)} left out, of these {bare} without caption"
     )
-    if 0 < len(tested) < 10 and not classes:
+    if left < 2:
+        print("training needs two photos or more")
+        return
+    if 0 < len(tested) < 10 and captioned and not classes:
         print("retrieval needs ten test photos: give a larger --test")
-    if folder.startswith(("-", "pipe:")):  # which a flag's value may not
+    if folder.startswith("-"):  # which a flag's value may not
         folder = f"./{folder}"
     flags = f"--data {quote(folder)} --out {quote(folder + '-run')}"
     if test:
         flags += f" --eval-data {quote(folder)}"
     if not captioned:
-        print(f"{found} photos have no caption: they are for --method mae alone")
+        print(f"{len(photos)} photos have no caption: they are for --method mae alone")
         flags += " --method mae"
     if left < 256:
-        flags += f" --batch-size {max(2, left)}"
+        flags += f" --batch-size {left}"
     print(f"next:\npython mae_clip.py {flags}")

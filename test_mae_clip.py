@@ -3246,7 +3246,8 @@ def test_pack_takes_the_columns_that_a_header_names_and_without_one_the_first_tw
         "path,caption_en-US,caption-de,Text 2\n0.jpg,a,b,c\n": ["a", "b", "c"],
         "\n\npath;caption\n0.jpg;a dog, running\n": ["a dog, running"],
         "0.jpg;a dog, image\n": ["a dog, image"],
-        'path, caption\n0.jpg, "a dog, a cat"\n': ["a dog, a cat"],
+        'path, caption\n0.jpg, "a dog, a cat"\n , \n': ["a dog, a cat"],
+        'path|caption\n0.jpg| "Stop" sign , red\n': ['"Stop" sign , red'],
         "image,caption,path\n17,a dog,0.jpg\n": ["a dog"],
         "image_name| comment_number| comment\n0.jpg| 0| a dog, brown\n": ["a dog, brown"],
         "0.jpg,Image\n": ["Image"],  # no header, as its first cell is a photo
@@ -3316,6 +3317,8 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
     assert code == 2 and "--test needs two class folders or more" in err
     (tmp_path / "one" / "zebra").mkdir()  # a link to all that is there
     (tmp_path / "one" / "all").symlink_to(".")
+    (tmp_path / "one" / "cat" / "up").symlink_to("..")
+    (tmp_path / "one" / "cat" / "up too").symlink_to("..")
     assert command("pack", tmp_path / "one", tmp_path / "linked")[0] == 0
     assert (tmp_path / "linked" / "classnames.txt").read_text() == "cat"
     photos_in(tmp_path / "one", [f"{n}.png" for n in range(3)], "PNG")
@@ -3327,10 +3330,10 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
     (tmp_path / "head.csv").write_text("path,caption\n")
     (tmp_path / "one.csv").write_text("classes/cat/0.png,a cat\n")
     code, _, err = command("pack", tmp_path / "one.csv", tmp_path / "wrong", "--test", 0.01)
-    assert code == 2 and "of 1 photos that is 0" in err
+    assert code == 2 and "leaves 1 of 1 photos for training, 0 for the test" in err
     photos_in(tmp_path / "flat", ["0.png", "1.png"], "PNG")
     code, _, err = command("pack", tmp_path / "flat", tmp_path / "wrong", "--test", 0.9)
-    assert code == 2 and "--test 0.9: of 2 photos that is 2" in err
+    assert code == 2 and "--test 0.9: leaves 0 of 2 photos for training, 2 for the test" in err
     assert command("pack", photos, tmp_path / "rare", "--test", 0.01)[0] == 0
     assert sorted(
         data.captions(sample)[0][-3:] for sample in packed(tmp_path / "rare", "test")
