@@ -76,7 +76,7 @@ def be_quiet(worker):
 
 
 @contextmanager
-def results_of(loader):
+def workers_of(loader):
     """What a torch DataLoader yields. Its workers end with the `with`, also busy ones: torch alone
     would wait five seconds for each."""
     others = set(multiprocessing.active_children())
@@ -103,7 +103,7 @@ def in_parallel(function, jobs, title):
         worker_init_fn=end_with_parent,
     )
     try:
-        with results_of(loader) as results:
+        with workers_of(loader) as results:
             yield from tqdm(results, title, len(jobs), leave=False, disable=None)
     except RuntimeError as error:  # torch's, of a worker that was killed
         raise DataError(f"a worker process failed: {one_line(error)}") from None
@@ -944,7 +944,7 @@ class Loader:
         )
         lost = 0
         seen = 0
-        with results_of(loader) as results:
+        with workers_of(loader) as results:
             for batch, failed, position in results:
                 self.position = max(self.position, position)
                 self.count(failed)

@@ -68,11 +68,10 @@ def rows_of(source):
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{source} line {line}: is not in UTF-8; save it as such") from None
-    delimiter = delimiter_of(source, text.lstrip().split("\n")[0])
-    if source.suffix.lower() == ".tsv":
-        delimiter = "\t"
+    tsv = source.suffix.lower() == ".tsv"
+    delimiter = "\t" if tsv else delimiter_of(source, text.lstrip().split("\n")[0])
     style = {"delimiter": delimiter, "strict": True, "skipinitialspace": True}
-    if source.suffix.lower() == ".tsv" or delimiter == "|":
+    if tsv or delimiter == "|":
         style["quoting"] = csv.QUOTE_NONE  # there quotes are part of the text
     csv.field_size_limit(1 << 30)
     reader = csv.reader(io.StringIO(text, newline=""), **style)
@@ -133,23 +132,31 @@ def read_table(source):
     return photos
 
 
-def read_folder(folder):
-    """A folder of class folders, or else of photos -> (path, fields, name for messages) of photos,
-    names of the classes. What lies in folders whose names begin with a dot is not seen."""
+def paths_below(folder):
+    """What lies in a folder and in those inside it, relative to it and sorted; not what is hidden.
+    A folder that several names lead to (links) is seen once, by its shortest path."""
     found = []
     seen = set()
     places = [Path()]
-    for place in places:  # which grow: a folder to which links lead counts by its shortest path
+    for place in places:  # which grow
         real = os.path.realpath(folder / place)
         if real in seen:
             continue
         seen.add(real)
-        inside = [each for each in os.scandir(folder / place) if not each.name.startswith(".")]
-        for each in sorted(inside, key=lambda each: (each.is_symlink(), each.name)):
-            if each.name != "__MACOSX":
-                found.append(place / each.name)
-                places += [place / each.name] * each.is_dir()
-    found.sort()
+        entries = os.scandir(folder / place)
+        for entry in sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name)):
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            found.append(place / entry.name)
+            if entry.is_dir():
+                places.append(place / entry.name)
+    return sorted(found)
+
+
+def read_folder(folder):
+    """A folder of class folders, or else of photos -> (path, fields, name for messages) of photos,
+    names of the classes. What lies in folders whose names begin with a dot is not seen."""
+    found = paths_below(folder)
     files = [path for path in found if not (folder / path).is_dir()]
     images = [file for file in files if file.suffix[1:].lower() in IMAGE_FIELDS]
     # Of a photo's several names (links) its own counts, if it lies in the folder.

@@ -47,18 +47,15 @@ def as_jpeg(image):
 
 def write_shard(job):
     """Writes a tar; job: path, a function that yields samples (key, {field: str or bytes}), its
-    arguments -> how many it yielded."""
+    arguments."""
     path, function, *arguments = job
-    count = 0
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, fields in function(*arguments):
-            count += 1
             for field, content in fields.items():
                 content = as_bytes(content)
                 info = tarfile.TarInfo(f"{key}.{field}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    return count
 
 
 @contextmanager
@@ -80,8 +77,8 @@ def only_one(path):
 
 def build(folder, texts, jobs):
     """Makes a new folder of texts {path: lines} and, in their folders, of the shards of
-    write_shard's jobs; it takes its name when it is whole -> number of samples. Another program
-    that makes the same folder is waited for."""
+    write_shard's jobs; it takes its name when it is whole. Another program that makes the same
+    folder is waited for."""
     folder = Path(folder)
     part = Path(f"{folder}.part")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -94,10 +91,10 @@ def build(folder, texts, jobs):
                 file = part / path
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text("\n".join(lines), encoding="utf-8")
-            written = [(part / path, *job) for path, *job in jobs]
-            count = sum(in_parallel(write_shard, written, f"making {folder.name}"))
+            in_part = [(part / path, *job) for path, *job in jobs]
+            for _ in in_parallel(write_shard, in_part, f"making {folder.name}"):
+                pass
             part.rename(folder)
-            return count
         except OSError as error:
             raise OSError(f"{folder}: could not be made: {error}") from None
         finally:
