@@ -9,6 +9,7 @@ in shards.py.
 """
 
 import ctypes
+import errno
 import glob
 import hashlib
 import io
@@ -51,6 +52,8 @@ def printable(text):
 def one_line(error):
     """The last line of an error's message (a worker's comes with its traceback)."""
     message = str(error).strip() or repr(error)
+    if isinstance(error, OSError) and error.filename:  # else it begins with "[Errno 2]"
+        message = f"{error.filename}: {error.strerror}"
     return printable(re.sub(r"^[\w.]*Error: ", "", message.split("\n")[-1]))
 
 
@@ -91,6 +94,7 @@ def workers_of(loader):
             worker.terminate()  # which torch's handler in the worker makes a regular end
         for worker in workers:
             worker.join(5)
+            worker.kill()  # one that was stopped (SIGSTOP) has not ended
 
 
 def in_parallel(function, jobs, title):
@@ -123,7 +127,7 @@ def parts_of(source):
     if os.path.exists(re.sub(r"/[^/]*[*{][^/]*$", "", source)):  # a path may hold `::`
         return [source]
     source = source.strip()
-    paths, *commands = re.split("(?i:(?:^|::) *pipe:)", source)
+    paths, *commands = re.split(r"(?i:(?:^|::)\s*pipe:)", source)
     parts = [path for path in paths.split("::") if path or not commands]
     return parts + [f"pipe:{command}" for command in commands]
 
@@ -164,9 +168,9 @@ def expand(source):
         else:
             found = sorted(glob.glob(part))
         if not found:
-            raise DataError(
-                f"{part or 'empty'}: no such shard; check the path, and quote braces and stars"
-            )
+            # What follows a `pipe:` that is not understood may be secret, too.
+            name = re.sub(r"(?i)(pipe\s*:).*", r"\1...", part) or "empty"
+            raise DataError(f"{name}: no such shard; check the path, and quote braces and stars")
         shards += found
     return shards
 
@@ -235,6 +239,7 @@ def grouped(file):
     key = ""
     sample = {}
     cause = "tar without samples"
+    reached = 0
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
     try:
@@ -244,6 +249,9 @@ def grouped(file):
                 size = info.size if info.isreg() else 0  # what a folder's header says is void
                 if info.size < 0 or size > end - info.offset_data or info.issparse():
                     raise tarfile.ReadError
+                if info.offset < reached:  # tarfile goes back to where a size below 0 leads
+                    raise tarfile.ReadError
+                reached = info.offset + 1
                 name = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", info.name)
                 if not info.isreg() or not name or LEFT_OUT.search(info.name):
                     continue
@@ -258,9 +266,13 @@ def grouped(file):
             rest = read(file, tar.offset, 1 << 20)
             if len(rest) < 512 or rest.strip(b"\0"):
                 cause = "tar breaks off"
-    except (tarfile.TarError, OverflowError, ValueError, MemoryError):
+    except (tarfile.TarError, OverflowError, ValueError, MemoryError, RecursionError):
         sample = {}  # it may lack a field
         cause = "tar breaks off, or is compressed"
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a size that leads to where no file reaches
+            raise
+        cause = "tar breaks off"
     if sample:
         yield key, sample
     if cause:
@@ -318,24 +330,19 @@ def image_of(sample):
 
 
 def whole_samples(source, labelled=False):
-    """Yields (key, image bytes, captions or, if labelled, class index) of a test set's shards, of
-    which no sample may lack one; but a set without labels may have no captions at all, for mae."""
-    needed = True  # a caption or class index, of each sample
-    for number, sample in enumerate(read_samples(source, strict=True)):
+    """Yields (key, image bytes, captions or, if labelled, class index) of a test set's shards. No
+    sample may lack its image, nor its class index; captions may be none."""
+    for sample in read_samples(source, strict=True):
         key = sample["__key__"]
         image = image_of(sample)
         label = sample.get("cls", b"").strip()
-        found = label.isdigit() if labelled else captions(sample)
-        if number == 0 and not labelled:
-            needed = bool(found)
-        if not image or bool(found) != needed:
+        if not image or (labelled and not label.isdigit()):
             fields = {name: len(sample[name]) for name in list(sample)[1:]}
             raise DataError(
-                f"{public(source)}: {key}: in a test set each sample needs an image and a caption, "
-                f"or none has one, in a labelled one a class index in KEY.cls; found the fields "
-                f"(with their bytes) {fields}"
+                f"{public(source)}: {key}: in a test set each sample needs an image, in a labelled "
+                f"one a class index in KEY.cls, too; found the fields (with their bytes) {fields}"
             )
-        yield key, image, int(label) if labelled else found
+        yield key, image, int(label) if labelled else captions(sample)
 
 
 def split_shards(folder, split):
@@ -817,10 +824,11 @@ class Loader:
             if found < enough:
                 fields = list(next(read_samples(shards[0]), {}))[1:7]
                 raise DataError(
-                    f"{self.source}: {found} usable samples, which must be half of all and "
-                    f"--samples {self.samples}; {self.report()}; "
+                    f"{self.source}: {found} usable samples, and {enough} are needed (half of all, "
+                    f"or --samples); {self.report()}; "
                     f"the first sample has {fields}; a sample is KEY.jpg, jpeg, png or webp and "
                     "next to it, but for mae, KEY.txt or KEY.json with `caption`, no dot in KEY; "
+                    "KEY.cls is no caption: docs/data.md says how to caption labelled shards; "
                     "`data.py pack` makes shards of photos"
                 )
         self.identity = self.reader.identity

@@ -45,6 +45,7 @@ from tqdm import tqdm
 import data
 import pictures
 from data import DataError
+from machine import write_whole
 
 BLOCK = 2**26  # entries of a score matrix that are held at once, however large the test set is
 
@@ -363,8 +364,6 @@ def open_sets(sources, structured=False):
             names = ["objects", "count", "position", "relation"] if structured else ["objects"]
             sets += [open_folder(folder / name) for name in names]
             sets.append(EvalSet(f"{folder}/dev-00000.tar"))
-        elif str(folder).startswith("pipe:") and folder.is_dir():
-            raise DataError(f"{source}: pipe: begins a command; name the folder otherwise")
         elif folder.is_dir():
             sets.append(open_folder(folder))
         else:
@@ -381,21 +380,19 @@ def named(function, name, content):
         raise DataError(f"{name}: {error}") from None
 
 
-def check_samples(dataset, split, method, read):
-    """What check_sets does, for a split, of which it reads each image -> number of samples."""
+def check_samples(dataset, split, read):
+    """What check_sets does, for a split, of which it reads each image -> number of samples, and how
+    many of them have no caption."""
     count = 0
+    bare = 0
     for key, content, target in dataset.samples(split):
         name = f"{dataset.name}: {key}"
         named(read, name, content)
-        if target == [] and method != "mae":
-            raise DataError(
-                f"{name}: has no caption; --method {method} is scored with them, or with labels: "
-                "for these name the folder that holds classnames.txt, test and train"
-            )
         if dataset.classes and target >= len(dataset.classes):
             raise DataError(f"{name}: class {target} (from 0) of {len(dataset.classes)}")
         count += 1
-    return count
+        bare += target == []
+    return count, bare
 
 
 def check_sets(sources, method, whole=False):
@@ -403,9 +400,19 @@ def check_sets(sources, method, whole=False):
     not fit; says which scores there will not be."""
     read = data.decode if whole else data.open_image
     for dataset in open_sets(sources):
-        counts = [check_samples(dataset, split, method, read) for split in dataset.splits()]
-        if not dataset.classes and counts[0] < 10 and "contrastive" in mae_clip.METHODS[method]:
-            say(f"{dataset.name}: {counts[0]} images; there will be no recall, which needs 10")
+        name = dataset.name
+        for split in dataset.splits():
+            count, bare = check_samples(dataset, split, read)
+        if bare == count and method != "mae":
+            raise DataError(
+                f"{name}: no image has a caption; --method {method} is scored with captions, or "
+                "with labels: these need classnames.txt beside the folders test and train"
+            )
+        if 0 < bare < count:
+            say(f"{name}: {bare} of {count} images have no caption; recall leaves them out")
+        captioned = not dataset.classes and "contrastive" in mae_clip.METHODS[method]
+        if captioned and count - bare < 10:
+            say(f"{name}: {count - bare} images; there will be no recall, which needs 10")
 
 
 # --- Features -------------------------------------------------------------------------------------
@@ -562,12 +569,14 @@ def score_retrieval(model, tokenizer, dataset, encoded):
     test = encoded("test")
     texts = [text for captions in test.targets for text in captions]
     if not texts:
-        raise DataError("its images have no captions")
+        raise DataError("its images have no captions (labels need classnames.txt)")
     own = np.array([len(captions) for captions in test.targets])  # texts of each image
+    images = test.embedded[own > 0]  # those with a caption
+    own = own[own > 0]
     owner = np.repeat(np.arange(len(own)), own)
     features = encode_texts(model, tokenizer, texts)
     scores = {}
-    for name, hits in retrieval_hits(test.embedded, features, owner).items():
+    for name, hits in retrieval_hits(images, features, owner).items():
         k = int(name.split("@")[1])
         if name.startswith("image"):
             share = np.bincount(owner, weights=hits.numpy()) / own
@@ -660,7 +669,7 @@ def misfit(task, model, dataset):
         if dataset.classes:
             return f"{dataset.name} is a labelled folder; {task} needs captioned shards"
     elif not dataset.classes:
-        return f"{dataset.name} is no labelled folder, which {task} needs"
+        return f"{dataset.name} is no labelled folder, with classnames.txt, which {task} needs"
     elif task != "zero_shot" and "train" not in dataset.splits():
         return f"{dataset.name} has no train split, train/0.tar ... and train/nshards.txt"
     return ""
@@ -724,7 +733,7 @@ def evaluate(model, tokenizer, eval_data, out=None):
     for dataset in datasets:
         if out and model.has_decoder and not dataset.classes:
             path = Path(out) / "reconstructions.png"
-            if attempt("picture", picture, model, tokenizer, dataset, path):
+            if attempt(str(path), picture, model, tokenizer, dataset, path):
                 break
     return results
 
@@ -736,7 +745,7 @@ def score_run(model, tokenizer, eval_data, out, record):
     path = Path(out) / "results.json"
     results = evaluate(model, tokenizer, eval_data, out)
     if results or not path.exists():
-        path.write_text(json.dumps(results | record, indent=1))
+        write_whole(path, json.dumps(results | record, indent=1))
     if results:
         print(format_results(results))
     elif first_fitting(model, open_sets(eval_data), TASKS):
@@ -906,17 +915,6 @@ def benchmark(config, steps=10):
     return found
 
 
-def run_benchmark(args, flags):
-    """`eval.py benchmark`: a table of figures, which are written to --out as well."""
-    found = benchmark(mae_clip.parse(flags))
-    Path(args.out).write_text(json.dumps(found, indent=1))
-    say(f"the figures are in {args.out}, too")
-    table = [["figure", "value"]]
-    for name, value in found.items():
-        table.append([name, f"{value:,.4g}" if isinstance(value, float) else str(value)])
-    return format_table(table)
-
-
 # --- Command line ---------------------------------------------------------------------------------
 COMMANDS = {  # its tasks, and what it does
     "zero-shot": (["zero_shot"], "classify a labelled set's images, or one photo, by their texts"),
@@ -933,6 +931,7 @@ ELSEWHERE = {  # the file and function of the command, and what it does
     "search": ("tools", "search", "show the images that match a sentence best"),
     "export": ("tools", "export", "write the image tower for timm"),
     "curves": ("tools", "curves", "draw the course of training of runs"),
+    "benchmark": ("tools", "benchmark", "time training steps; takes mae_clip.py's flags"),
     "experiment": ("experiment", "run", "does masked autoencoding help, at what amount of data?"),
 }
 
@@ -952,58 +951,57 @@ def make_parser():
             "paths", nargs="+", metavar="CHECKPOINT", help="a file or a run's folder"
         )
         command.add_argument("--data", default="", help="SETs, joined by ::")
-        command.add_argument("--labels", help="of one photo (zero-shot), joined by commas")
+        if name == "zero-shot":
+            command.add_argument("--labels", help="of a photo (CHECKPOINT PHOTO), joined by commas")
+        if name == "reconstruct":
+            command.add_argument("--out", help="picture (default: reconstruct.png of the run)")
         command.add_argument(
             "--untrained", action="store_true", help="score a new model, too, like the first"
         )
         command.add_argument(
             "--format", default="text", choices=("text", "markdown", "json"), help="of the table"
         )
-        command.add_argument("--out", help="picture of reconstruct (default: in the run's folder)")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    text = "time training steps; all flags of mae_clip.py apply"
-    command = commands.add_parser("benchmark", help=text, description=text)
-    command.add_argument("--out", default="benchmark.json", help="figures (default: %(default)s)")
     for name, (_, _, text) in ELSEWHERE.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser
 
 
 @torch.no_grad()
-def classify_photo(paths, labels, device):
-    """Paths of a checkpoint and a photo, labels joined by commas -> table of probabilities."""
+def classify_photo(paths, labels, style, device):
+    """Paths of a checkpoint and a photo, labels joined by commas -> probabilities: table or
+    json."""
     classes = [label.strip() for label in labels.split(",") if label.strip()]
-    if len(paths) != 2 or len(classes) < 2:
-        raise DataError("--labels: takes two labels or more, with zero-shot CHECKPOINT PHOTO")
+    if len(paths) != 2:
+        raise DataError(f"--labels: is for one CHECKPOINT and one PHOTO, found {paths}")
+    if len(classes) < 2:
+        raise DataError(f"--labels {labels!r}: two labels or more are needed, joined by commas")
     model, tokenizer, config = mae_clip.load(paths[0], device)
     texts = encode_classes(model, tokenizer, classes, ["{c}"]).to(device)
     photo = data.preprocess(
         named(data.decode, paths[1], Path(paths[1]).read_bytes()), config.image_size
     )
     logits = model.logit_scale.exp() * model.encode_image(photo[None].to(device)) @ texts.T
-    rows = [["label", "probability"]]
-    for label, share in zip(classes, logits.softmax(dim=1)[0].tolist(), strict=True):
-        rows.append([label, show(share, "")])
-    return format_table(rows)
+    shares = dict(zip(classes, logits.softmax(dim=1)[0].tolist(), strict=True))
+    if style == "json":
+        return json.dumps(shares, indent=1)
+    rows = [[label, show(share, "")] for label, share in shares.items()]
+    return format_table([["label", "probability"], *rows], style)
 
 
 def run(argv):
     """Runs a command line -> what it prints; ValueError or OSError for bad input."""
     args, flags = make_parser().parse_known_args(argv)
-    if args.command == "benchmark":
-        return run_benchmark(args, flags)
     if args.command in ELSEWHERE:  # imported here, since those files build on this one
         file, function, _ = ELSEWHERE[args.command]
         return getattr(import_module(file), function)(flags)
     if flags:
         raise DataError(f"{args.command} has no flag {flags[0]}; see --help")
     device = scoring_device(args.device)
-    if args.labels and args.command != "zero-shot":
-        raise DataError(f"{args.command} takes no --labels; zero-shot classifies a photo by them")
-    if args.labels and args.data:
-        raise DataError("--labels are of one photo; --data has labels of its own: give one of them")
-    if args.labels:
-        return classify_photo(args.paths, args.labels, device)
+    if args.command == "zero-shot" and args.labels is not None:
+        if args.data:
+            raise DataError("--labels are of a photo; --data has labels of its own: give one")
+        return classify_photo(args.paths, args.labels, args.format, device)
     if not args.data:
         raise DataError(f"{args.command} needs --data (for one photo: zero-shot with --labels)")
     datasets = open_sets(args.data, structured=args.command == "suite")

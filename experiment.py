@@ -8,11 +8,12 @@
 
 Runs mae_clip.py once for each arm, number of unique pairs, pooling and seed. An arm is a method, or
 a method with flags of its own: clip@steps=900@lr=0.01. All flags that are not listed below are
-mae_clip.py's and go to every run: so arms without steps of their own see equally many pairs. The
-gain is that of the second arm over each other one, paired by seed. OUT holds experiment.csv (a row
-a run), experiment.md (the table), experiment.svg and .png (the figure, from two seeds on, which
-tells three arms and three poolings apart), and each run's folder and log. Runs that have a row are
-not made again; what was interrupted goes on.
+mae_clip.py's and go to every run: so arms without steps of their own see equally many pairs (500
+steps, where neither --steps nor --scale is given). The gain is that of the second arm over each
+other one, paired by seed. OUT holds experiment.csv (a row a run), experiment.md (the table),
+experiment.svg and .png (the figure, from two seeds on, which tells three arms and three poolings
+apart), and each run's folder and log. Runs that have a row are not made again; what was interrupted
+goes on.
 """
 
 import argparse
@@ -433,6 +434,10 @@ def parse(argv):
     if "--quick" in argv:
         parser.set_defaults(**QUICK)
     args, flags = parser.parse_known_args(argv)
+    if "--scale" not in flags:
+        # Longer than the first command, as in the README's figure. What was given comes later, and
+        # so counts.
+        flags = ["--steps", "500", *flags]
     if len(args.method) < 2:
         raise DataError(f"--method {args.method}: takes two arms or more, such as clip,mae_clip")
     if args.jobs < 1 or "0" in args.samples:

@@ -1,8 +1,9 @@
 """What training asks of the machine and of other processes: device and precision, the allocator,
-signals, one run a folder, ranks that agree."""
+signals, one run a folder, ranks that agree; and what it says before it begins."""
 
 import ctypes
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import DataError, one_line, public
+from data import DataError, as_bytes, one_line, public
 
 try:
     import fcntl
@@ -88,7 +89,7 @@ class Signals:
     def __init__(self):
         self.seen = set()
         self.waiting = False
-        self.alone = ranks()[1] == 1  # several processes stop together, at the same step
+        self.alone = ranks()[1] == 1
         self.previous = {}
 
     @property
@@ -100,6 +101,8 @@ class Signals:
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                 self.previous[number] = signal.signal(number, self.handle)
+        if hasattr(signal, "SIGALRM"):
+            self.previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.late)
         return self
 
     def __exit__(self, *_):
@@ -113,18 +116,31 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.seen.add(number)
-        if self.waiting:
+        self.hurry()
+
+    def hurry(self):
+        """Ends the wait for data, if there is one. Several processes stop together, at the same
+        step, when their data have come: of these one ends alone only where this takes long."""
+        if self.waiting and self.alone:
             raise Interrupted
+        if self.waiting:
+            signal.alarm(5)
+
+    def late(self, *_):
+        """Five seconds after `hurry`."""
+        if self.waiting:
+            print("no data have come since the signal; rank 0 saves", file=sys.stderr)
+            sys.exit(128 + self.came)
 
     @contextmanager
     def interruptible(self):
-        """For the wait for data, which may be long: inside, a signal raises Interrupted in a run of
-        one process, and the death of a worker DataError. Outside it is not noticed: PyTorch's own
-        handler would raise in the middle of a step."""
-        self.waiting = self.alone
+        """For the wait for data, which may be long: inside, a signal may end it (see `hurry`), and
+        the death of a worker raises DataError. Outside it is not noticed: PyTorch's own handler
+        would raise in the middle of a step."""
+        self.waiting = True
         try:
-            if self.waiting and self.came:
-                raise Interrupted
+            if self.came:
+                self.hurry()
             yield
         except (RuntimeError, EOFError, ConnectionError) as error:
             raise DataError(f"a worker that loads data failed: {one_line(error)}") from None
@@ -159,7 +175,8 @@ STARTER = os.getppid()  # torchrun, in a run of several processes
 @contextmanager
 def process_group():
     """Inside `with`, the processes that torchrun started are one group. They end with it, also when
-    it is killed: those that train save before."""
+    it is killed: those that train save before. DataError in place of the error by which this
+    process learns that another has failed."""
     if "WORLD_SIZE" in os.environ:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -167,9 +184,23 @@ def process_group():
             init = os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes()
             if init or os.getppid() != STARTER:
                 sys.exit(143)
-        # A long time to wait, as rank 0 scores alone. If a rank fails, torchrun ends the others.
-        dist.init_process_group(timeout=timedelta(days=1))
-    yield
+        try:
+            dist.init_process_group(timeout=timedelta(minutes=5))
+        except RuntimeError as error:
+            raise DataError(
+                f"not all processes of this run came within 5 minutes ({one_line(error):.90})"
+            ) from None
+        # From now on a long time to wait, as rank 0 scores alone. A rank that fails is noticed.
+        dist.distributed_c10d._set_pg_timeout(timedelta(days=1))
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
+            raise
+        raise DataError(
+            f"another process of this run has ended too early; it may say why "
+            f"({one_line(error):.90})"
+        ) from None
     if "WORLD_SIZE" in os.environ:
         dist.destroy_process_group()
 
@@ -207,6 +238,29 @@ def agree(facts):
                 )
 
 
+# --- Words ----------------------------------------------------------------------------------------
+def announce(run, device, autocast, rate):
+    """Says, before training, what will happen; rate: the first step's learning rate."""
+    config = run.config
+    precision = "bf16" if autocast._enabled else "fp32"
+    if device.type == "cpu":
+        precision += f" (products in bf16 run at {bf16_speedup(config.width):.2f} x fp32 here)"
+    warmup = f"warm-up to {config.warmup:,}"
+    if config.warmup >= config.steps:
+        warmup = "all of them warm-up"
+    print(
+        f"method      {config.method}, {sum(each.numel() for each in run.model.parameters()):,} "
+        f"parameters, images at {config.image_size} px\n"
+        f"loss        weights {config.weights()}\n"
+        f"{run.loader.about()}\n"
+        f"device      {device}, {ranks()[1]} process(es), {precision}\n"
+        f"steps       {run.step:,} to {config.steps:,}, {warmup}; "
+        f"learning rate now {rate:.2g}"
+    )
+    if "contrastive" in config.weights():
+        print(f"chance      a contrastive loss of {math.log(config.batch_size):.3f}")
+
+
 # --- Files ----------------------------------------------------------------------------------------
 def plain(config):
     """A Config as plain values, as files keep it: without what may be secret in commands."""
@@ -223,19 +277,62 @@ def write_record(run, record):
             file.write(line)
 
 
-def save_whole(state, path):
-    """torch.save, whole and on the disk or not at all; OSError where the disk is full."""
-    part = path.with_name("checkpoint.part")  # the next one takes its place, if it is left behind
+@contextmanager
+def whole_file(path, part):
+    """Inside `with`, a new file, open for bytes, that takes its name when it is whole and on the
+    disk; until then it has the name `part`, and is gone if anything fails. OSError, which names
+    the file, where the disk is full."""
+    path = Path(path)
+    part = path.with_name(part)
     try:
         with open(part, "wb") as file:
-            torch.save(state, file)
+            yield file
+            file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free >> 20
+        place = path.parent if path.parent.is_dir() else "."
+        free = shutil.disk_usage(place).free >> 20
         raise OSError(
             f"{path}: could not be written, with {free} MiB free there ({one_line(error)})"
+        ) from None
+
+
+def save_whole(state, path):
+    """torch.save, whole or not at all."""
+    # The next checkpoint takes the place of a part that was left behind.
+    with whole_file(path, "checkpoint.part") as file:
+        torch.save(state, file)
+
+
+def write_whole(path, content):
+    """Writes text or bytes, whole or not at all; what is no plain file, as /dev/null, as it is."""
+    if Path(path).exists() and not Path(path).is_file():
+        Path(path).write_bytes(as_bytes(content))
+        return
+    with whole_file(path, f"{Path(path).name}.part") as file:
+        file.write(as_bytes(content))
+
+
+def checkpoints(out):
+    """The checkpoints of a run's folder, newest first; none where `out` is a file."""
+    found = Path(out).glob("checkpoint-*.pt")
+    found = [path for path in found if path.stem.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: -int(path.stem.split("-")[1]))
+
+
+@contextmanager
+def usable(path):
+    """Inside `with`, a DataError in place of any error: a damaged checkpoint raises nearly
+    anything, and so does one of a version with other settings or another model."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(
+            f"{path}: is no checkpoint that this version can use, nor a run's folder with one "
+            f"({error!r:.90}); if a run's newest is damaged, remove it: --resume goes on from the "
+            "one before"
         ) from None
 
 
@@ -258,8 +355,7 @@ def lock_file(path, wait=False):
 @contextmanager
 def own_folder(folder):
     """Makes a run's folder and, inside `with`, keeps other programs out of it; DataError, which
-    says who is in it, where it is taken; and one in place of the error by which this rank learns
-    that another has failed."""
+    says who is in it, where it is taken."""
     held = []
 
     def take():
@@ -276,12 +372,6 @@ def own_folder(folder):
     from_first(take)
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
-            raise
-        raise DataError(
-            f"another process of this run has failed, and says why ({one_line(error):.90})"
-        ) from None
     finally:
         for file in held:
             file.close()

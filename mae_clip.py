@@ -79,13 +79,13 @@ class ModelConfig:
     text_depth: int = 1  # blocks of the text tower
     text_heads: int = 3  # attention heads of the text tower
     context: int = 16  # tokens a caption, SOT and EOT included
-    vocab_size: int = 512  # number of token ids; of a tokenizer that is learned: at most
+    vocab_size: int = 512  # number of token ids; a tokenizer that is learned may have fewer
     embed: int = 64  # width of the space that images and captions share
     decoder_width: int = 64  # of the decoder's tokens (MAE: 512)
     decoder_depth: int = 1  # blocks of the decoder (MAE: 8)
     decoder_heads: int = 2  # attention heads of the decoder (MAE: 16)
     mask_ratio: float = 0.75  # share of patches removed (MAE: 0.75)
-    text_mask_ratio: float = 0.75  # share of tokens removed, SOT and EOT left out (M3AE: 0.75)
+    text_mask_ratio: float = 0.75  # share removed of the tokens between SOT and EOT (M3AE)
     contrastive_mask_ratio: float = 0.0  # share of patches removed in pass 1 (FLIP: 0.5)
     norm_pix: bool = True  # predict patches normalised by their own mean and variance (MAE)
     contrastive_weight: float = 1.0  # of the contrastive loss
@@ -142,12 +142,12 @@ def sincos_2d(width, rows, cols):
     The first half of the width codes the column and the second the row, which is MAE's order. Each
     half holds sines, then cosines, of position / 10000^(k / (width/4)) for k = 0 ... width/4 - 1.
     """
-    step = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
+    exponent = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
     # Which row and which column each patch is in: (rows*cols,) both.
     row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).T
     codes = []
     for where in (column, row):
-        angle = where[:, None] / 10000**step  # (rows*cols, width/4)
+        angle = where[:, None] / 10000**exponent  # (rows*cols, width/4)
         codes += [angle.sin(), angle.cos()]
     return torch.cat(codes, dim=1).float()
 
@@ -164,8 +164,8 @@ EOT = 2
 
 
 def kept_count(length, ratio):
-    """How many of `length` stay when `ratio` is removed, rounded to the nearest: as floats
-    100 * (1 - 0.9) is a little less than 10, and int alone would make it 9."""
+    """How many of `length` stay when `ratio` is removed, rounded to the nearest. int alone would
+    not do: in floats 100 * (1 - 0.9) is a little less than 10, and int makes that 9."""
     return int(length * (1 - ratio) + 0.5)
 
 
@@ -212,18 +212,18 @@ def random_text_mask(noise, tokens, ratio):
     position = torch.arange(T, device=tokens.device)
     end = caption_end(tokens)
     between = (position > 0) & (position < end)  # (B,T): True strictly between SOT and EOT
-    # The first argsort lists positions by their noise, with SOT, EOT and padding last; the argsort
-    # of that list is the rank of each position in it.
-    rank = noise.masked_fill(~between, 2).argsort(dim=1).argsort(dim=1)
+    # Positions by their noise. SOT, EOT and padding get 2, above all noise, and so come last.
+    by_noise = noise.masked_fill(~between, 2).argsort(dim=1)
+    rank = by_noise.argsort(dim=1)  # (B,T): where in by_noise each position stands
     # kept_of_length[n]: how many of n tokens stay. Counted in Python's floats, so float32 rounding
     # plays no part.
     kept_of_length = [kept_count(length, ratio) for length in range(T - 1)]
     # Between SOT and an EOT at position `end` stand end - 1 tokens.
     kept = torch.tensor(kept_of_length, device=tokens.device)[end - 1]  # (B,1)
     mask = between & (rank >= kept)
-    # K is what a full caption keeps. A shorter one keeps at most K, so the first K positions of
-    # removed_last(mask) hold all that it keeps. It loses at most T - K, so the others hold all that
-    # it loses.
+    # A full caption keeps K and loses T - K, and a shorter one no more of either. So in
+    # removed_last(mask) all that is kept stands among the first K, and all that is removed after
+    # them.
     K = 2 + kept_of_length[-1]
     return removed_last(mask)[:, :K], mask
 
@@ -267,7 +267,7 @@ class Attention(nn.Module):
         # (B,1,1,T): nothing attends to padding.
         attendable = None if real is None else real[:, None, None]
         if q.is_cpu:
-            # Plain products: on a CPU SDPA is slower, except for long sequences in float32
+            # Plain products: on a CPU SDPA is no faster, except for long sequences in float32
             # (docs/results.md).
             scores = (q @ k.mT) * q.shape[-1] ** -0.5
             if attendable is not None:
@@ -324,11 +324,11 @@ class ImageEncoder(nn.Module):
         patch = config.patch_size
         side = config.side()
         self.patch_size = patch
-        # A convolution for timm's name and shapes alone; forward multiplies by its weight.
+        # This convolution is never called: it gives its weight timm's name and shape.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        # A row of zeros before the first: CLS has no position.
-        position = F.pad(sincos_2d(width, side, side), (0, 0, 1, 0))
+        # CLS has no position: zeros. Then the patches.
+        position = torch.cat([torch.zeros(1, width), sincos_2d(width, side, side)])
         self.pos_embed = nn.Buffer(position[None])  # (1,1+N,D)
         self.blocks = make_blocks(width, config.heads, config.depth)
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -346,15 +346,15 @@ class ImageEncoder(nn.Module):
         if keep is not None:  # here a removed patch leaves, before it is projected
             x = take(x, keep)  # (B,K,P*P*3)
             position = take(position, keep)
-        # On patches a convolution is a matrix product.
+        # What the convolution would do to each patch is a matrix product.
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D,P*P*3), channel fastest
         x = F.linear(x, weight, proj.bias) + position  # (B,K,D)
-        # The position of CLS is zero here, but may be another in weights of timm's.
+        # Here the position of CLS is zero; in a ViT of timm's, taken with --init, it may not be.
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B,1+K,D)
         real = None
         if text is not None:
-            # CLS and patches, which stand before the text, are never padding: True for each.
+            # True before the text, for CLS and patches: these are never padding.
             real = F.pad(text_real, (x.shape[1], 0), value=True)  # (B,1+K+M)
             x = torch.cat([x, text], dim=1)
         for block in self.blocks:
@@ -410,15 +410,16 @@ class TextEncoder(nn.Module):
 
 
 class Modality(nn.Module):
-    """One modality's way into the decoder and out of it."""
+    """One modality's way into the decoder and out of it: at each position it predicts `values`
+    numbers."""
 
-    def __init__(self, encoder_width, width, predicted, position):
+    def __init__(self, encoder_width, width, values, position):
         super().__init__()
         self.embed = nn.Linear(encoder_width, width)
-        # The mask token and embed's bias also tell the decoder which modality a position is of.
+        # embed and the mask token also tell the decoder which modality a position is of.
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position = position  # (1,N,width): a fixed buffer for patches, learned for text
-        self.head = nn.Linear(width, predicted)
+        self.head = nn.Linear(width, values)
 
     def enter(self, encoded, masked):
         """encoded (B,K,D) -> (B,N,width): each where it was kept, a mask token everywhere else."""
@@ -458,21 +459,22 @@ class Decoder(nn.Module):
         if image_masked is not None:
             parts.append(self.image.embed(encoded_image[:, :1]))  # CLS, which has no position
             parts.append(self.image.enter(encoded_image[:, 1:], image_masked))
-        before = sum(part.shape[1] for part in parts)  # CLS and patches, which are never padding
+        text_start = sum(part.shape[1] for part in parts)  # CLS and patches stand before the text
         real = None
         if text_masked is not None:
             parts.append(self.text.enter(encoded_text, text_masked))
-            real = F.pad(text_masked.real, (before, 0), value=True)
+            # True before the text, for CLS and patches: these are never padding.
+            real = F.pad(text_masked.real, (text_start, 0), value=True)
         x = torch.cat(parts, dim=1)  # (B,1+N+T,width) with images and text
         for block in self.blocks:
             x = block(x, real)
         x = self.norm(x)
-        # Only the R slots go through the heads: V logits for each of T tokens would cost much.
+        # Only the R slots go through the heads: what was kept needs no prediction.
         pixels = logits = None
         if image_masked is not None:
             pixels = self.image.head(take(x[:, 1:], image_masked.removed))
         if text_masked is not None:
-            logits = self.text.head(take(x[:, before:], text_masked.removed))
+            logits = self.text.head(take(x[:, text_start:], text_masked.removed))
         return pixels, logits
 
 
@@ -509,9 +511,11 @@ def contrastive_loss(image_features, text_features, scale):
 
 
 def patch_targets(patches, normalise=True):
-    """What patches (...,P*P*3) are to be predicted as: MAE normalises each by its own mean and
-    unbiased variance (+1e-6). To reconstruct something else, of this size and computed from each
-    patch alone, change this function and, for pictures, its inverse: panels in pictures.py."""
+    """The target of the image loss: patches (...,P*P*3) -> the same shape. MAE normalises each
+    patch by its own mean and unbiased variance (+1e-6).
+
+    For another target of that shape, computed from each patch alone, change this function and, for
+    pictures, its inverse: panels in pictures.py."""
     patches = at_least_float32(patches)
     if not normalise:
         return patches
@@ -555,22 +559,16 @@ def simclr_loss(a, b, temperature=0.1):
     return of_all_ranks(loss).mean()
 
 
-# Why n GPUs give the loss and the gradient of one, if each has as many rows as the others. In
-# short: every rank computes the same loss, and the backward pass of `gather` adds up what all ranks
-# send, so the gradient of each row is n times too large; the mean over ranks divides by n. In full:
-# Forward. Rank w computes a part l_w of the loss, from its own rows (features of images, captions
-# or views, or errors of removed positions) and, where rows must find each other, from the gathered
-# features of all. of_all_ranks gathers these parts, and their mean (in masked_mean their sum over
-# the count of all) is the loss L of the whole batch: the same number on every rank.
-# Backward. Each of the n ranks computes L, and in its backward pass each sends dL/dl_w to the part
-# l_w. The backward pass of the gather adds these up, so l_w receives n dL/dl_w. Every part may
-# have used a row r, so r receives the sum over w of n (dL/dl_w) (dl_w/dr), which is n dL/dr.
-# A parameter p, of which every rank has a copy, then receives on rank w, from that rank's rows,
-#     g_w = sum over the rows r of rank w of n (dL/dr) (dr/dp),
-# and the mean over ranks, which DistributedDataParallel takes, is that of one GPU with all rows:
-#     (g_1 + ... + g_n) / n = sum over all rows r of (dL/dr) (dr/dp) = dL/dp.
-# The logit scale enters each part directly, not by rows. On rank w it receives
-# g_w = n (dL/dl_w) (dl_w/dp), and the mean of these is dL/dp again.
+# Why n GPUs give the loss and the gradient of one, if each has as many rows as the others.
+# Forward. Each rank computes a part of the loss from its own rows: features of images, captions or
+# views, or errors of removed positions. Where rows must find each other, it gathers those of all
+# ranks. of_all_ranks gathers the parts, and their mean (in masked_mean their sum over the count of
+# all) is the loss L of the whole batch: the same number on every rank.
+# Backward. Every rank calls backward on its L, and the backward pass of a gather adds up what comes
+# from all ranks. Taken together this differentiates L + ... + L = n L, in which every rank has its
+# own copy of each parameter p. dL/dp is the sum of what the n copies contribute to it, and each
+# copy receives n times its own contribution. So the mean of what they receive, which
+# DistributedDataParallel takes, is dL/dp: the gradient of one GPU with all rows.
 # All ranks must call a loss together. encode_image, encode_text and reconstruct call none of this.
 
 
@@ -625,10 +623,10 @@ def simclr_head(width):
 class MAECLIP(nn.Module):
     """The five methods over one set of parts.
 
-    A term of weight 0 is not computed, and a part that only such terms need is not built. Weights
-    are drawn by name, and masks by the noise that is passed in, so what is not built changes
-    neither the weights nor the masks of the rest: mae_clip with both reconstruction weights 0 is
-    clip, on a CPU bit for bit.
+    A term of weight 0 is not computed, and a part that only such terms need is not built (but the
+    image encoder, which always is). Weights are drawn by name, and masks by the noise that is
+    passed in, so what is not built changes neither the weights nor the masks of the rest: mae_clip
+    with both reconstruction weights 0 is clip, on a CPU bit for bit.
     """
 
     def __init__(self, config):
@@ -662,8 +660,7 @@ class MAECLIP(nn.Module):
         share starts equal."""
         for name, parameter in self.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            # cls_token, mask_token, token.weight (the embeddings), position
-            if "token" in name or "position" in name:
+            if name.endswith(("_token", "token.weight", "position")):
                 nn.init.normal_(parameter, std=0.02, generator=generator)
             elif parameter.ndim > 1:
                 # flatten makes a matrix of the patch convolution too: a view, so this fills
@@ -699,7 +696,7 @@ class MAECLIP(nn.Module):
     def masked_pass(self, images, tokens, image_noise, text_noise):
         """Removes patches and tokens, encodes what is left, predicts the rest ->
         image_masked, text_masked: Masked; None for a modality whose reconstruction has no weight;
-        encoded_image: (B,1+K,D), or None;
+        encoded_image: (B,1+K,D), or None; pass 1 may use it, too;
         pixels, logits: as from Decoder. m3ae needs an image weight above 0: see Config below."""
         image_masked = text_masked = encoded_image = encoded_text = None
         if "image" in self.terms:
@@ -723,20 +720,21 @@ class MAECLIP(nn.Module):
         return image_masked, text_masked, encoded_image, *predictions
 
     def outputs(self, images, tokens, image_noise, text_noise, *views):
-        """All tensors that the losses are computed from, by name, a row for each sample."""
+        """What the losses are computed from, but for the logit scale: tensors by name, of a row for
+        each sample."""
         config = self.config
         images = normalise_images(images)  # once: the encoder leaves floats as they are
         image_masked = text_masked = None
         found = {}
         if self.has_decoder:
-            image_masked, text_masked, encoded_visible, pixels, logits = self.masked_pass(
+            image_masked, text_masked, encoded_image, pixels, logits = self.masked_pass(
                 images, tokens, image_noise, text_noise
             )
         if image_masked is not None:
             removed = take(patchify(images, config.patch_size), image_masked.removed)  # (B,R,P*P*3)
             found["image_error"] = image_error(pixels, removed, config.norm_pix)  # (B,R)
-            # (B,R), as masked_mean asks; all True, since patches leave no spare slots
-            found["image_counted"] = image_masked.mask.gather(1, image_masked.removed)
+            # (B,R), as masked_mean asks; True, since patches leave no spare slots
+            found["image_counted"] = torch.ones_like(found["image_error"], dtype=torch.bool)
         if text_masked is not None:
             found["text_error"] = text_error(logits, tokens.gather(1, text_masked.removed))  # (B,R)
             # (B,R), False at spare slots
@@ -747,10 +745,10 @@ class MAECLIP(nn.Module):
                 encoded = self.image_encoder(images)
             elif image_masked is not None and ratio == config.mask_ratio:
                 # The same noise and ratio leave the same patches: pass 2 has encoded them already.
-                encoded = encoded_visible
+                encoded = encoded_image
             else:
-                # Both masks come from the same noise, so the pass that keeps fewer patches sees
-                # a part of the other's.
+                # Pass 2, where there is one, uses the same noise: so the pass that keeps fewer
+                # patches sees a part of the other's.
                 keep, _ = random_mask(image_noise, ratio)
                 encoded = self.image_encoder(images, keep)
             found["image_features"] = self.image_feature(encoded)  # (B,E)
@@ -860,7 +858,8 @@ from machine import (
     Interrupted,
     Signals,
     agree,
-    bf16_speedup,
+    announce,
+    checkpoints,
     from_first,
     own_folder,
     pick_device,
@@ -869,7 +868,9 @@ from machine import (
     ranks,
     save_whole,
     say_last,
+    usable,
     write_record,
+    write_whole,
 )
 from scenes import builtin
 
@@ -921,7 +922,7 @@ class Config(ModelConfig):
     data_seed: int = 0  # built-in data: its seed, which also fixes the pairs never trained on
     workers: int = 1  # processes that decode ahead
     crop: float = 1.0  # random crops of at least this share (less if none fits); 1: centre crop
-    steps: int = 500  # optimiser steps
+    steps: int = 400  # optimiser steps
     stop_after: int = 0  # save and stop after so many steps in all; 0: at --steps
     batch_size: int = 256  # pairs a step, over all processes
     optimizer: str = "muon"  # of linear layers' matrices: muon or adamw; all else has adamw
@@ -939,7 +940,7 @@ class Config(ModelConfig):
             if setting.type in (int, float):
                 low = LOWEST.get(setting.name, 1 if setting.type is int else 0)
                 if not low <= value < math.inf:
-                    raise ValueError(f"{given}: must be at least {low:g}")
+                    raise ValueError(f"{given}: must be at least {low:g}, and finite")
                 if setting.name in SHARES and value > 1:
                     raise ValueError(f"{given}: must be at most 1")
         if self.image_size % self.patch_size:
@@ -982,7 +983,7 @@ TABLE = """
     decoder_heads       1        2       16       16
     scenes           2000    40000    40000    40000
     batch_size         64      256     4096     4096
-    steps              60      500    90000    90000
+    steps              60      400    90000    90000
     warmup             10       50     2000     2000
     lr               1e-2     1e-2     1e-3     5e-4
     image_weight      0.3      0.3      0.1      0.1
@@ -1124,6 +1125,9 @@ MAY_CHANGE = """
 """.split()
 
 
+# What a checkpoint holds.
+SAVED = "model optimizers step seconds logged config data position merges".split()
+
 # What may differ between the ranks of a run.
 RANKS_OWN = "out resume init device data eval_data tokenizer workers".split()
 
@@ -1138,13 +1142,8 @@ class Run:
     loader: Loader
     step: int = 0
     seconds: float = 0.0  # of training, in all sittings; added up at each line of the log
-    position: int = 0  # the shard at which a stream goes on: the furthest loader's of all ranks
+    position: int = 0  # the shard at which a stream goes on: the largest of all ranks' loaders
     logged: str = ""  # what log.jsonl holds of the steps so far
-
-
-def checkpoints(out):
-    """The checkpoints of a run's folder, newest first; none where `out` is a file."""
-    return sorted(Path(out).glob("checkpoint-*.pt"), key=lambda path: -int(path.stem.split("-")[1]))
 
 
 def save_checkpoint(run):
@@ -1167,27 +1166,21 @@ def save_checkpoint(run):
 
 
 def read_checkpoint(path):
-    """What save_checkpoint wrote, its config as Config; DataError where that is missing, damaged
-    or of a version with other settings."""
-    try:
+    """What save_checkpoint wrote, its config as Config; DataError where that cannot be."""
+    with usable(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         return state | {"config": Config(**state["config"])}
-    except Exception as error:  # a damaged file raises nearly anything
-        raise DataError(
-            f"{path}: does not exist, or is no whole checkpoint of this version, nor a run's "
-            "folder with one; where a run's newest is damaged, remove it, and --resume goes on "
-            f"from the one before ({error!r:.90})"
-        ) from None
 
 
 def load(path, device="cpu"):
     """path of a checkpoint, or of a run's folder, which stands for its newest -> the model in eval
     mode, its tokenizer (None for mae) and its Config."""
-    newest = checkpoints(path)[:1] or [path]
-    state = read_checkpoint(newest[0])
-    model = MAECLIP(state["config"])
-    model.load_state_dict(state["model"])
-    tokenizer = None if state["merges"] is None else Tokenizer(state["merges"])
+    newest, *_ = checkpoints(path) or [path]
+    state = read_checkpoint(newest)
+    with usable(newest):
+        model = MAECLIP(state["config"])
+        model.load_state_dict(state["model"])
+        tokenizer = None if state["merges"] is None else Tokenizer(state["merges"])
     return model.to(device).eval(), tokenizer, state["config"]
 
 
@@ -1206,14 +1199,12 @@ def open_run(config):
             print(f"{out}: holds no checkpoint, so this run starts at step 0")
         return None
     state = read_checkpoint(saved[0])
+    with usable(saved[0]):
+        state = {name: state[name] for name in SAVED}
     then = plain(state["config"])
-    # The run was finished and shall now be longer.
-    if config.steps > state["step"] == then["steps"]:
-        print(
-            f"trained for {then['steps']:,} steps, and now for more: the learning rate rises to "
-            f"where it would be had --steps been {config.steps:,}"
-        )
-        del then["steps"]
+    finished = state["step"] == then["steps"]
+    if finished and config.steps > then["steps"]:
+        del then["steps"]  # it may be another
     flags = [
         f"{flag(name)} {then[name]}"
         for name in then
@@ -1221,6 +1212,11 @@ def open_run(config):
     ]
     if flags:
         raise DataError(f"{out}: was trained with {' '.join(flags)}; give that, or another --out")
+    if "steps" not in then:
+        print(
+            f"trained for {state['step']:,} steps, and now for more: the learning rate rises to "
+            f"where it would be had --steps been {config.steps:,}"
+        )
     return state
 
 
@@ -1228,9 +1224,10 @@ def open_run(config):
 
 
 def open_data(config, state, merges=None):
-    """state: what open_run found; merges: those of the tokenizer that --init brings -> the training
-    Loader with its tokenizer, and the config with what is known only now: the tokenizer's
-    vocab_size, and without --data the built-in scenes (and their sets, if none were given)."""
+    """state: what open_run found; merges: those of the tokenizer that --init brings
+    -> the training Loader with its tokenizer;
+    the config, in which vocab_size is now the tokenizer's, and data and eval_data name the built-in
+    scenes where none were given."""
     rank, world = ranks()
     if config.batch_size % world:
         raise DataError(
@@ -1295,46 +1292,19 @@ def training_batch(config, step, batch, device):
 # --- The loop -------------------------------------------------------------------------------------
 
 
-def announce(run, device, autocast):
-    """Says, before training, what will happen."""
-    config = run.config
-    precision = "bf16" if autocast._enabled else "fp32"
-    if device.type == "cpu":
-        precision += f" (products in bf16 run at {bf16_speedup(config.width):.2f} x fp32 here)"
-    warmup = f"warm-up to {config.warmup:,}"
-    if config.warmup >= config.steps:
-        warmup = "all of them warm-up"
-    print(
-        f"method      {config.method}, {sum(each.numel() for each in run.model.parameters()):,} "
-        f"parameters, images at {config.image_size} px\n"
-        f"loss        weights {config.weights()}\n"
-        f"{run.loader.about()}\n"
-        f"device      {device}, {ranks()[1]} process(es), {precision}\n"
-        f"steps       {run.step:,} to {config.steps:,}, {warmup}; "
-        f"learning rate now {learning_rate(run.step, config):.2g}"
-    )
-    if "contrastive" in config.weights():
-        print(f"chance      a contrastive loss of {math.log(config.batch_size):.3f}")
-
-
 def log(run, rows, seconds, waited):
     """Writes and shows a record of the last steps: rates, and means of `rows`, which are what
     train_step gave at each step -> the terms in words.
 
     Where no step was finite, there is nothing to write but a warning -> "", and the caller keeps
-    the rows for the next record. If there are ten or more such rows, DataError."""
+    the rows for the next record."""
     config = run.config
     first = ranks()[0] == 0
     good = [row for row in rows if row is not None]
     if not good:
         if first:
             tqdm.write(f"step {run.step:,}: the last {len(rows)} changed nothing: loss not finite")
-        if len(rows) < 10:  # too few to judge by
-            return ""
-        raise DataError(
-            f"step {run.step}: no loss of {len(rows)} steps was finite; begin anew, with lower "
-            "--lr and another --out"
-        )
+        return ""
     means = torch.stack(good).mean(dim=0).tolist()
     record = {
         "step": run.step,
@@ -1370,11 +1340,11 @@ def fit(run, net, device, autocast):
     config = run.config
     rank, _ = ranks()
     last = min(config.steps, config.stop_after or config.steps)
-    # batches() takes a shard's number for a stream, and a step for local shards, whose position is
-    # always 0.
+    # A stream goes on at a shard, and local shards, whose position is always 0, at a step.
     batches = run.loader.batches(run.loader.position or run.step)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
-    # False while a step is under way, until it is counted and logged: nothing is saved then.
+    lost = 0  # steps since the last finite one
+    # Whether all of a step is done: False until it is counted and logged. Nothing is saved then.
     whole = True
     # disable=None hides the bar where stderr is no terminal.
     bar = tqdm(
@@ -1385,10 +1355,16 @@ def fit(run, net, device, autocast):
     )
     with Signals() as signals, bar:
         try:
-            while run.step < last and not stopped:
+            while run.step < last:
                 fetching = time.time()
                 with signals.interruptible():
                     batch = next(batches)
+                # Before each step every rank learns whether a signal came to any, so that all stop
+                # at the same step, and how far the furthest is in its stream.
+                own = torch.tensor([[signals.came, run.loader.position]], device=device)
+                stopped, run.position = gather(own).amax(dim=0).tolist()
+                if stopped and lost < 2:
+                    break
                 waited += time.time() - fetching
                 for optimizer in run.optimizers:
                     for group in optimizer.param_groups:
@@ -1396,6 +1372,7 @@ def fit(run, net, device, autocast):
                 batch = training_batch(config, run.step, batch, device)
                 whole = False
                 rows.append(train_step(net, run.optimizers, autocast, batch))
+                lost = lost + 1 if rows[-1] is None else 0
                 if "contrastive" in config.weights():
                     run.model.logit_scale.data.clamp_(0, math.log(100))  # 1 to 100
                 run.step += 1
@@ -1413,18 +1390,18 @@ def fit(run, net, device, autocast):
                     found = validation(run.model, run.loader.tokenizer, config, device, autocast)
                     write_record(run, {"step": run.step, "validation": found})
                     since += time.time() - began  # training has not gone on meanwhile
-                # At each step every rank learns whether a signal came to any, so that all stop at
-                # the same step, and how far the furthest is in its stream.
-                own = torch.tensor([[signals.came, run.loader.position]], device=device)
-                signal, run.position = gather(own).amax(dim=0).tolist()
-                if run.step < last:  # else there is nothing to stop, and `finally` saves
-                    stopped = signal
-                    if rank == 0 and run.step % config.save_every == 0:
-                        save_checkpoint(run)
+                if lost == 10 or (lost > 1 and run.step == last):
+                    raise DataError(
+                        f"step {run.step}: no loss of {lost} steps was finite; begin anew, with "
+                        "lower --lr and another --out"
+                    )
+                due = run.step % config.save_every == 0 and run.step < last
+                if rank == 0 and due and not lost:  # at the last step `finally` saves
+                    save_checkpoint(run)
         except Interrupted:
             stopped = signals.came
         finally:  # whatever ended the loop, unless it came in the middle of a step
-            if rank == 0 and whole:
+            if rank == 0 and whole and lost < 2:
                 save_checkpoint(run)
     return stopped
 
@@ -1432,13 +1409,14 @@ def fit(run, net, device, autocast):
 def train(config):
     """One run, from its first step or its newest checkpoint to its results -> the exit code."""
     device, autocast = pick_device(config)
-    with process_group(), own_folder(config.out):
+    with own_folder(config.out):
         stopped = train_in_folder(config, device, autocast)
     return 128 + stopped if stopped else 0
 
 
 def train_in_folder(config, device, autocast):
-    """The same in a folder that is this run's alone -> the number of the signal that stopped it."""
+    """What train does once the run's folder is locked -> the number of the signal that stopped it,
+    or 0."""
     # Here, since they build on this file.
     from eval import check_sets
     from weights import read_weights, start_from
@@ -1456,9 +1434,10 @@ def train_in_folder(config, device, autocast):
     model = MAECLIP(config).to(device)
     run = Run(config, model, make_optimizers(model, config), loader)
     if state:
-        model.load_state_dict(state["model"])
-        for optimizer, values in zip(run.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
+        with usable(config.out):
+            model.load_state_dict(state["model"])
+            for optimizer, values in zip(run.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(values)
         for name in ("step", "seconds", "position", "logged"):
             setattr(run, name, state[name])
     elif start:
@@ -1469,10 +1448,10 @@ def train_in_folder(config, device, autocast):
     compile_blocks(model, config, device)
     if rank == 0:
         out = Path(config.out)
-        (out / "config.json").write_text(json.dumps(plain(config), indent=1))
+        write_whole(out / "config.json", json.dumps(plain(config), indent=1))
         # Without what was logged after the checkpoint: those steps come again.
-        (out / "log.jsonl").write_text(run.logged)
-        announce(run, device, autocast)
+        write_whole(out / "log.jsonl", run.logged)
+        announce(run, device, autocast, learning_rate(run.step, config))
     stopped = fit(run, net, device, autocast)
     from_first(finish, run)
     return stopped
@@ -1523,7 +1502,9 @@ def main(argv=None):
     """Runs the command line: exit code 0 when done, 2 where what was given (or a file) does not
     work, 128 + n when signal n ended it."""
     try:
-        sys.exit(train(parse(argv)))
+        with process_group():  # first, lest the others wait for one that has failed
+            code = train(parse(argv))
+        sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError) as error:

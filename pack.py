@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 
@@ -32,6 +33,7 @@ TEXT_NAME = re.compile(
 )
 DELIMITERS = ",;\t|"  # semicolons are written in many countries
 PACK_TEMPLATE = "a photo of a {c}"  # the caption of a class
+SPLITS = set("train test val valid validation".split())  # folders of these names are no classes
 
 
 def columns_of(row):
@@ -60,21 +62,10 @@ def delimiter_of(source, start):
     return (likely or ",")[0]
 
 
-def rows_of(source):
-    """A csv or tsv in UTF-8 -> its rows, (number of the line where it begins, cells) each."""
-    content = source.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{source} line {line}: is not in UTF-8; save it as such") from None
-    tsv = source.suffix.lower() == ".tsv"
-    delimiter = "\t" if tsv else delimiter_of(source, text.lstrip().split("\n")[0])
-    style = {"delimiter": delimiter, "strict": True, "skipinitialspace": True}
-    if tsv or delimiter == "|":
-        style["quoting"] = csv.QUOTE_NONE  # there quotes are part of the text
+def parsed(source, text, **style):
+    """The text of a csv -> its rows, (number of the line where it begins, cells) each."""
     csv.field_size_limit(1 << 30)
-    reader = csv.reader(io.StringIO(text, newline=""), **style)
+    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, **style)
     rows = []
     line = 1
     try:
@@ -84,9 +75,34 @@ def rows_of(source):
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{source}: no csv, in the row that begins in line {line}: {error}"
+            f"{source}: no csv, in the row that begins in line {line}: {error}; is a quote left "
+            "open?"
         ) from None
     return rows
+
+
+def rows_of(source):
+    """A csv or tsv in UTF-8 -> its rows, as `parsed` gives them."""
+    content = source.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{source} line {line}: is not in UTF-8; what is packed is a csv or tsv in UTF-8, or a "
+            "folder of photos (shards are packed already; save parquet as csv)"
+        ) from None
+    tsv = source.suffix.lower() == ".tsv"
+    delimiter = "\t" if tsv else delimiter_of(source, text.lstrip().split("\n")[0])
+    if delimiter in ",;":
+        return parsed(source, text, delimiter=delimiter, strict=True)
+    # With tabs or bars quotes mostly are a part of the text; but some programs quote cells there,
+    # too. Then all quotes close, and in the same line.
+    with suppress(DataError):
+        rows = parsed(source, text, delimiter=delimiter, strict=True)
+        if not any("\n" in cell for _, row in rows for cell in row):
+            return rows
+    return parsed(source, text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
 
 
 def read_table(source):
@@ -99,7 +115,8 @@ def read_table(source):
     if has_header(source, rows[0][1]):
         header = columns_of(rows.pop(0)[1])
     else:
-        header = ["path", "caption"] + ["unnamed"] * (len(rows[0][1]) - 2)
+        cells = len(rows[0][1])
+        header = (["path", "caption"] + ["unnamed"] * cells)[:cells]
         print("no header, which would name a column", " or ".join(PATH_NAMES))
     if not rows:
         raise DataError(f"{source}: holds no row with the path of a photo")
@@ -113,7 +130,7 @@ def read_table(source):
     if long:
         raise DataError(
             f"{source}: {len(long)} rows have more cells than the first, {len(header)}, such as "
-            f"line {long[0]}; in a csv a caption with the delimiter in it must stand in quotes"
+            f"line {long[0]}; a path or caption with the delimiter in it must stand in quotes"
         )
     photos = {}
     for line, row in rows:
@@ -165,9 +182,24 @@ def read_folder(folder):
     once = {real[file]: file for file in [*reversed(images), *own]}
     images = sorted(once.values())
     if not images:
-        raise DataError(f"{folder}: no file in it, nor in its folders, ends in {IMAGE_FIELDS}")
+        raise DataError(
+            f"{folder}: no file in it, nor in its folders, ends in {IMAGE_FIELDS}; shards (.tar) "
+            "are packed already"
+        )
+    beside = set(files)
+    told = [file for file in images if file.with_suffix(".txt") in beside]
+    if 2 * len(told) > len(images):  # as img2dataset writes files
+        print(f"captions: {len(told)} photos have NAME.txt beside them, a caption a line")
+        photos = []
+        for file in images:
+            text = folder / file.with_suffix(".txt")
+            caption = text.read_text("utf-8-sig", "replace") if file in told else ""
+            photos.append((folder / file, {"txt": caption}, folder / file))
+        return photos, []
     inside = [file for file in images if len(file.parts) > 1]
     classes = sorted({file.parts[0] for file in inside})
+    if classes and {name.lower() for name in classes} <= SPLITS:
+        raise DataError(f"{folder}: {classes} are no classes; pack {folder / classes[0]} by itself")
     for name in classes:
         if "\n" in name:
             raise DataError(f"{folder}: a class folder's name has a line break: {name!r}")
@@ -184,6 +216,9 @@ def read_folder(folder):
             name = file.parts[0]
             fields = {"cls": str(classes.index(name)), "txt": PACK_TEMPLATE.replace("{c}", name)}
         photos.append((folder / file, fields, folder / file))
+    if classes:
+        names = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
+        print(f"classes: {len(classes)} ({names}), captioned {PACK_TEMPLATE!r}, with c its name")
     folders = {path.parts[0] for path in found if (folder / path.parts[0]).is_dir()}
     empty = sorted(folders.difference(classes))
     if empty:
@@ -229,7 +264,7 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
 
     source       csv or tsv of paths and captions, with columns path and caption or without header;
                  or a folder of class folders, which become labels, in CLIP_benchmark's layout, and
-                 captions; or a folder of photos, without captions
+                 captions; or a folder of photos, with captions if most have NAME.txt beside them
     folder       new folder for the shards
     --size       short side in pixels to which larger photos shrink; 0: they stay as they are
     --test       share of the photos, from 0 to below 1, for the test split: drawn by chance, of
@@ -244,8 +279,10 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
         raise DataError(f"{folder}: pipe: begins a command; name the folder otherwise")
     if not 0 <= test < 1:
         raise DataError(f"--test {test:g}: must be a share from 0 to below 1, such as 0.1")
-    if shard < 1 or size < 0:
-        raise DataError(f"--shard {shard}: must be 1 or more; --size {size}: must be 0 or more")
+    if shard < 1:
+        raise DataError(f"--shard {shard}: must be 1 or more")
+    if size < 0:
+        raise DataError(f"--size {size}: must be 0 or more")
     classes = []
     if source.is_dir():
         photos, classes = read_folder(source)
@@ -254,19 +291,17 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
     if len(classes) == 1 and test:
         raise DataError(f"{source}: --test needs two class folders or more, {classes} is one")
     found = len(photos)
-    captioned = [photo for photo in photos if photo[1]["txt"].strip()]
-    if captioned:  # else all are for mae
-        photos = captioned
-    bare = found - len(photos)
     faults = list(in_parallel(fault, photos, "decoding"))
     for reason in filter(None, faults):
         print(reason, file=sys.stderr)
     photos = [photo for photo, reason in zip(photos, faults, strict=True) if not reason]
     if not photos:
-        raise DataError(
-            f"{folder}: not made, since not one image could be read (of those with a caption, if "
-            "there is one)"
-        )
+        raise DataError(f"{folder}: not made, since not one image could be read")
+    bare = len(photos)
+    captioned = [photo for photo in photos if photo[1]["txt"].strip()]
+    if captioned:  # else all are for mae
+        photos = captioned
+    bare -= len(photos)
     order = np.random.default_rng(0).permutation(len(photos)).tolist()
     by_class = {}
     for n in order:

@@ -271,5 +271,5 @@ def draw_chart(drawing, left, top, title, last, lines):
     for points, colour, width, dots in lines:
         places = [place(step, value) for step, value in points]
         drawing.line(places, colour, width)
-        for x, y in places if dots else ():
+        for x, y in places if dots or len(places) == 1 else ():
             drawing.area([(x - 1.5, y), (x, y - 1.5), (x + 1.5, y), (x, y + 1.5)], colour)

@@ -34,7 +34,7 @@ from data import (
     printable,
     read_samples,
 )
-from machine import lock_file
+from machine import lock_file, write_whole
 
 
 # --- Making shards --------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def build(folder, texts, jobs):
                 pass
             part.rename(folder)
         except OSError as error:
-            raise OSError(f"{folder}: could not be made: {error}") from None
+            raise OSError(f"{folder}: could not be made: {one_line(error)}") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -149,7 +149,7 @@ def learn_tokenizer(source, file, vocab_size=32_768):
     """
     texts = tqdm(Loader(source, 1, 1, None, 3).texts(), disable=None)
     tokenizer = Tokenizer.train(texts, vocab_size)
-    Path(file).write_text(json.dumps(tokenizer.merges))
+    write_whole(file, json.dumps(tokenizer.merges))
     print(f"{file}: {tokenizer.vocab_size} ids")
 
 

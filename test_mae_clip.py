@@ -20,6 +20,7 @@ import runpy
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import symtable
@@ -2554,7 +2555,10 @@ def test_samples_of_a_source_are_nested_and_the_same_for_every_seed(tmp_path):
             )
         assert chosen[count, 0] == chosen[count, 1]
     assert set(chosen[3, 0]) < set(chosen[4, 0]) < set(chosen[12, 0])
-    for wrong, says in ((13, "12 usable samples.*--samples 13"), (1, "1 usable samples, a batch")):
+    for wrong, says in (
+        (13, "12 usable samples, and 13 are needed"),
+        (1, "1 usable samples, a batch"),
+    ):
         with pytest.raises(data.DataError, match=says):
             loader_of(shards, 2, samples=wrong)
     with pytest.raises(data.DataError, match="--samples"):
@@ -2632,6 +2636,29 @@ def test_a_batch_of_which_nothing_decodes_takes_others_in_its_place(tmp_path):
     # A stream has no number of batches to keep: it leaves such a batch out.
     loader = loader_of(f"pipe:cat {path}", 1)
     assert len(keys_of(loader.epoch(0))) == 6
+
+
+def test_headers_that_lead_tarfile_astray_end_the_tar(tmp_path):
+    def header(name, size, kind):
+        info = tarfile.TarInfo(name)
+        info.size = size
+        info.type = kind
+        return info.tobuf(tarfile.GNU_FORMAT)
+
+    long_name = header("././@LongLink", 0, tarfile.GNUTYPE_LONGNAME)
+    pax = b"32 GNU.sparse.realsize=00000512\n"
+    assert len(pax) == 32
+    back = header("x", 32, tarfile.XHDTYPE) + pax.ljust(512, b"\0") + header("y", -1024, b"D")
+    for n, content in enumerate((long_name * 3000, back, header("z", 2**62, b"q"))):
+        path = tmp_path / f"{n}.tar"
+        tar_of(path, samples_of(2))
+        path.write_bytes(path.read_bytes()[: 4 * 1024] + content + bytes(10_240))
+        with path.open("rb") as file:
+            keys = []
+            with pytest.raises(DataError, match="tar breaks off"):
+                for key, _ in data.grouped(file):
+                    keys.append(key)
+        assert keys[:1] == ["000"] and len(keys) <= 2
 
 
 def test_a_header_that_announces_more_than_the_file_holds_ends_the_tar(tmp_path, capsys):
@@ -3281,6 +3308,55 @@ def test_pack_takes_the_columns_that_a_header_names_and_without_one_the_first_tw
     assert code == 2 and "--shard 0" in err
 
 
+@pytest.mark.parametrize("name", ["t.tsv", "bars.csv"])
+def test_pack_takes_quoted_cells_where_all_quotes_of_a_table_close(tmp_path, name):
+    photos_in(tmp_path, ["0.jpg", "1.jpg"])
+    rows = ["path|caption", '"0.jpg"|"a ""red"" dog"', '1.jpg|"a dog | a cat"']
+    if name == "t.tsv":
+        rows = [row.replace(" | ", " and ").replace("|", "\t") for row in rows]
+    (tmp_path / name).write_text("\n".join(rows))
+    assert command("pack", tmp_path / name, tmp_path / "out")[0] == 0
+    found = sorted(data.captions(sample)[0] for sample in packed(tmp_path / "out"))
+    second = "a dog | a cat" if name == "bars.csv" else "a dog and a cat"
+    assert found == ['a "red" dog', second]
+
+
+def test_pack_does_not_join_lines_by_quotes_where_tabs_part_the_cells(tmp_path):
+    photos_in(tmp_path, ["0.jpg", "1.jpg"])
+    (tmp_path / "t.tsv").write_text('0.jpg\t"Stop\n1.jpg\tgo"\n')
+    assert command("pack", tmp_path / "t.tsv", tmp_path / "out")[0] == 0
+    found = sorted(data.captions(sample)[0] for sample in packed(tmp_path / "out"))
+    assert found == ['"Stop', 'go"']
+
+
+def test_pack_takes_the_texts_that_most_photos_have_beside_them(tmp_path):
+    photos_in(tmp_path / "in", [f"0000{n % 2}/{n}.jpg" for n in range(5)])
+    for n in range(4):
+        (tmp_path / "in" / f"0000{n % 2}" / f"{n}.txt").write_text(f"dog {n}\n")
+    code, said, _ = command("pack", tmp_path / "in", tmp_path / "out")
+    assert code == 0 and "4 photos have NAME.txt" in said and "these 1 without caption" in said
+    assert not (tmp_path / "out" / "classnames.txt").exists()
+    for sample in packed(tmp_path / "out"):
+        assert data.captions(sample) == [f"dog {origin(sample).stem}"]
+
+
+def test_pack_says_which_classes_it_makes_and_takes_splits_for_none(tmp_path):
+    photos_in(tmp_path, ["in/cat/0.jpg", "in/dog/1.jpg", "in/dog/2.jpg"])
+    assert (
+        "classes: 2 (cat, dog), captioned " in command("pack", tmp_path / "in", tmp_path / "a")[1]
+    )
+    photos_in(tmp_path, ["set/train/cat/0.jpg", "set/Val/cat/1.jpg"])
+    code, _, err = command("pack", tmp_path / "set", tmp_path / "b")
+    assert code == 2 and f"are no classes; pack {tmp_path / 'set' / 'Val'} by itself" in err
+
+
+def test_pack_leaves_no_photo_out_for_a_caption_whose_photo_cannot_be_read(tmp_path):
+    photos_in(tmp_path, ["0.jpg", "1.jpg"])
+    (tmp_path / "t.csv").write_text("path,caption\n0.jpg,\n1.jpg,\ngone.jpg,a dog\n")
+    code, said, _ = command("pack", tmp_path / "t.csv", tmp_path / "out")
+    assert code == 0 and "2 photos have no caption" in said
+
+
 def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_over(tmp_path):
     names = [f"{name}/{n}.png" for name in ("cat", "dog") for n in range(10)]
     photos = tmp_path / "classes"
@@ -3429,10 +3505,37 @@ def test_photos_without_captions_are_a_test_set_for_mae_and_for_it_alone(tmp_pat
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["reconstruction"]["n"] == 10 and "image_loss" in said
     assert "image" in logged(tmp_path / "run")[-1]["validation"]
-    tar = tar_of(tmp_path / "some.tar", [*samples_of(1), ("x.jpg", picture())])
-    for source, says in ((out, "has no caption; --method clip"), (tar, "or none has one")):
-        with pytest.raises(DataError, match=says):
-            evaluation.check_sets(str(source), "clip")
+    with pytest.raises(DataError, match="no image has a caption; --method clip"):
+        evaluation.check_sets(str(out), "clip")
+
+
+def test_images_without_a_caption_are_left_out_of_recall_and_said(trained, tmp_path, capsys):
+    whole = captioned_shard(tmp_path / "whole.tar", 12)
+    content = [(f"{n}x.jpg", picture(seed=n)) for n in range(2)]
+    mixed = tar_of(tmp_path / "mixed.tar", content)
+    evaluation.check_sets(f"{whole}::{mixed}", "mae")
+    both = tmp_path / "both.tar"
+    with tarfile.open(both, "w") as tar:
+        for sample in [*data.read_samples(str(mixed)), *data.read_samples(str(whole))]:
+            for field in list(sample)[1:]:
+                info = tarfile.TarInfo(f"{sample['__key__']}.{field}")
+                info.size = len(sample[field])
+                tar.addfile(info, io.BytesIO(sample[field]))
+    capsys.readouterr()
+    evaluation.check_sets(str(both), "clip")
+    assert "both.tar: 2 of 14 images have no caption; recall leaves them out" in (
+        capsys.readouterr().err
+    )
+    rows = []
+    for source in (whole, both):
+        out = call(capsys, "retrieval", trained["clip"], "--data", source, "--format", "json")
+        rows.append([(row["measure"], row["values"]) for row in json.loads(out)])
+    assert [name for name, _ in rows[0]] == [name for name, _ in rows[1]]
+    for (_, first), (_, second) in zip(*rows, strict=True):
+        assert list(first.values()) == list(second.values())
+    file = tmp_path / "f.npz"
+    call(capsys, "embed", trained["clip"], "--data", both, "--out", file)
+    assert len(np.load(file)["keys"]) == 14 and len(np.load(file)["texts"]) == 24
 
 
 def test_inspect_reports_and_its_exit_code_says_whether_something_is_wrong(tmp_path):
@@ -4029,7 +4132,10 @@ def test_a_set_that_a_single_task_does_not_fit_is_said_and_the_others_are_scored
     shard = captioned_shard(tmp_path / "dev.tar")
     evaluation.main(["knn", str(trained["clip"]), "--data", f"{folder}::{shard}"])
     said = capsys.readouterr()
-    assert "dev.tar is no labelled folder, which knn needs" in said.err and "knn" in said.out
+    assert (
+        "dev.tar is no labelled folder, with classnames.txt, which knn needs" in said.err
+        and "knn" in said.out
+    )
 
 
 def test_one_photo_is_classified_by_labels(trained, tmp_path, capsys):
@@ -4074,13 +4180,15 @@ def test_what_eval_cannot_use_is_refused_in_one_line(trained, tmp_path, capsys):
     refused("no reconstruction loss", "reconstruct", clip, "--data", shard)
     refused("number of training images, 8", "knn", clip, "--data", folder)
     refused("no task of the suite fits", "suite", mae, "--data", alone)
+    refused("suite has no flag --out", "suite", mae, "--data", shard, "--out", "x")
     refused("10 images", "retrieval", clip, "--data", few)
     refused("for one photo: zero-shot with --labels", "zero-shot", clip, photo)
     refused("two labels", "zero-shot", clip, photo, "--labels", "a")
-    refused("retrieval takes no --labels", "retrieval", clip, photo, "--labels", "a,b")
+    refused("two labels", "zero-shot", clip, photo, "--labels", "")
+    refused("retrieval has no flag --labels", "retrieval", clip, photo, "--labels", "a,b")
     refused("retrieval needs --data", "retrieval", clip)
     refused("contrastive loss", "zero-shot", mae, photo, "--labels", "a,b")
-    refused("CHECKPOINT PHOTO", "zero-shot", clip, "--labels", "a,b")
+    refused("one CHECKPOINT and one PHOTO", "zero-shot", clip, "--labels", "a,b")
     refused("bad.pt", "zero-shot", clip, bad, "--labels", "a,b")
     refused("nothing.jpg", "zero-shot", clip, tmp_path / "nothing.jpg", "--labels", "a,b")
     refused("gone.pt", "knn", tmp_path / "gone.pt", "--data", folder)
@@ -4341,15 +4449,34 @@ def test_a_few_steps_that_are_not_finite_do_not_end_a_run(tmp_path, monkeypatch)
 
     def failing(*arguments):
         row = step(*arguments)
-        return row if next(count) in (0, 3, 4) else None
+        return row if next(count) in (0, 3, 4, 10) else None
 
     monkeypatch.setattr(mae_clip, "train_step", failing)
     flags = ("--method", "clip", "--steps", 12, "--log-every", 1)
     said = run(*TINY, *flags, "--out", tmp_path / "run").stdout
     records = logged(tmp_path / "run")
-    assert [(record["step"], record["skipped"]) for record in records] == [(1, 0), (4, 2), (5, 0)]
-    assert "step 12: the last 7 changed nothing: loss not finite" in said
+    found = [(record["step"], record["skipped"]) for record in records]
+    assert found == [(1, 0), (4, 2), (5, 0), (11, 5)]
+    assert "step 10: the last 5 changed nothing: loss not finite" in said
     assert (tmp_path / "run" / "results.json").exists()
+    state = torch.load(tmp_path / "run" / "checkpoint-12.pt", weights_only=True)
+    assert state["step"] == 12  # a last step that was not finite loses nothing
+
+
+@pytest.mark.parametrize("steps, lost", [(30, 10), (6, 3)])
+def test_the_last_checkpoint_of_a_finite_loss_is_kept(tmp_path, monkeypatch, steps, lost):
+    step = mae_clip.train_step
+    count = iter(range(steps))
+    monkeypatch.setattr(
+        mae_clip, "train_step", lambda *inputs: step(*inputs) if next(count) < 3 else None
+    )
+    flags = ("--method", "clip", "--steps", steps, "--log-every", 50, "--save-every", 1)
+    done = run(*TINY, *flags, "--out", tmp_path, code=2)
+    assert f"step {3 + lost}: no loss of {lost} steps was finite" in said_in_one_line(done)
+    assert sorted(tmp_path.glob("checkpoint-*")) == [
+        tmp_path / f"checkpoint-{n}.pt" for n in (2, 3)
+    ]
+    assert not (tmp_path / "results.json").exists()
 
 
 SIGNALS = [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)]  # names and exit codes
@@ -4544,6 +4671,8 @@ def test_what_is_secret_in_a_command_is_neither_shown_nor_kept(tmp_path):
     done = [run(*flags, f"{train}; : {word}", *sets)]
     done += [run(*flags, f"{train}; : new {word}", *sets, "--resume", "--stop-after", 6)]
     done += [run(*flags, f"pipe:cat z.tar; : {word}", "--resume", code=2)]
+    for typo in ("a.tar::\n\tpipe:", "a.tar: :pipe:", "pipe :"):
+        done += [run(*flags, f"{typo}cat z.tar; : {word}", "--resume", code=2)]
     said = "".join(each.stdout + each.stderr for each in done)
     assert "recall@10" in said and "not the samples" in said and word not in said
     for path in (tmp_path / "run").iterdir():
@@ -5042,7 +5171,7 @@ def test_the_picture_of_patches_and_words_in_the_walkthrough_can_be_drawn(
 
 
 def test_the_recipes_of_the_photographs_make_sets_that_can_be_used(tmp_path, monkeypatch):
-    flickr, tiny_imagenet = blocks("docs/data.md", "python")
+    captioned, flickr, tiny_imagenet = blocks("docs/data.md", "python")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Flickr8k.token.txt").write_text("a.jpg#0\ta dog\na.jpg#1\ta cat\nb.jpg#0\tit\n")
     for split, name in (("train", "a"), ("dev", "b")):
@@ -5072,6 +5201,10 @@ def test_the_recipes_of_the_photographs_make_sets_that_can_be_used(tmp_path, mon
     assert [label for *_, label in dataset.samples("test")] == [0, 1]
     assert len(list(dataset.samples("train"))) == 160
     assert len(loader_of("tiny_imagenet", 20)) == 8
+    (tmp_path / "tiny_imagenet").rename("labelled")
+    exec(captioned, {})
+    found = [data.captions(sample) for sample in data.read_samples("captioned.tar")]
+    assert found == [["a photo of a a dog"]] * 80 + [["a photo of a a cat"]] * 80
 
 
 @pytest.mark.parametrize(
@@ -5100,6 +5233,7 @@ def test_the_tables_of_runs_in_docs_can_be_used(name):
     flags = ["--precision", "fp32"]
     if name == "sweep.csv":
         flags += "--lr 6e-3 --image-weight 0.1 --text-weight 0.05 --data-seed 1".split()
+    _, flags = experiment.parse(flags)
     assert len(experiment.read_rows(HERE / "docs" / name, arms, flags)) == len(rows) > 0
 
 
@@ -5642,12 +5776,121 @@ def test_a_folder_that_another_run_is_in_is_refused_with_its_process(tmp_path):
 
 def test_the_failure_of_another_rank_is_told_in_one_line_and_ones_own_as_it_is(tmp_path):
     with (
-        pytest.raises(DataError, match="^another process of this run has failed"),
-        machine.own_folder(tmp_path),
+        pytest.raises(DataError, match="^another process of this run has ended"),
+        machine.process_group(),
     ):
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer")
-    with pytest.raises(RuntimeError, match="own"), machine.own_folder(tmp_path):
+    with pytest.raises(RuntimeError, match="own"), machine.process_group():
         raise RuntimeError("own")
+
+
+def processes_of(flags, world=2):
+    """mae_clip.py as that many ranks with their own flags, as torchrun would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    started = []
+    for rank in range(world):
+        command = [sys.executable, str(HERE / "mae_clip.py"), *map(str, flags[rank])]
+        environment = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(
+            subprocess.Popen(
+                command, env=environment, stdout=-1, stderr=-1, text=True, start_new_session=True
+            )
+        )
+    return started
+
+
+@pytest.mark.parametrize("wrong", [("--lr", "abc"), ("--device", "cuda:99")])
+def test_a_rank_that_fails_before_it_trains_ends_the_others(tmp_path, wrong):
+    flags = [*TINY, "--method", "clip", "--steps", 500, "--out", tmp_path / "run"]
+    good, bad = processes_of([flags, [*flags, *wrong]])
+    assert bad.wait() == good.wait() == 2
+    assert "another process of this run has ended" in good.stderr.read()
+    assert str(wrong[1]) in bad.stderr.read()
+
+
+def test_a_signal_saves_though_the_data_of_several_ranks_stall(tmp_path, from_a_terminal):
+    shard = captioned_shard(tmp_path / "a.tar", 64)
+    stall = tmp_path / "stall"
+    data_flag = f"pipe:[ -e {stall} ] && sleep 600; cat {shard}"
+    tokenizer = tmp_path / "tokenizer.json"
+    assert command("tokenizer", shard, tokenizer)[0] == 0
+    flags = "--scale tiny --batch-size 16 --steps 5000 --log-every 1 --workers 1 --resample".split()
+    flags += ["--method", "clip", "--tokenizer", tokenizer, "--data", data_flag]
+    ranks = processes_of([[*flags, "--out", tmp_path / "run"]] * 2)
+    log = tmp_path / "run" / "log.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert ranks[0].poll() is None, ranks[0].communicate()
+        time.sleep(0.05)
+    stall.touch()
+    size = -1
+    while size != log.stat().st_size:  # until it stalls
+        size = log.stat().st_size
+        time.sleep(3)
+    for process in ranks:
+        process.send_signal(signal.SIGINT)
+    for process in ranks:
+        _, errors = process.communicate()
+        assert process.returncode in (2, 130), errors
+        assert "Traceback" not in errors
+    steps = log.read_text().count("\n")
+    assert (tmp_path / "run" / f"checkpoint-{steps}.pt").exists()
+
+
+def test_a_worker_that_was_stopped_ends_with_its_loader(tmp_path):
+    loader = loader_of(shards_of(tmp_path / "s", [40]), workers=1)
+    batches = loader.batches(0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGSTOP)
+    batches.close()
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGKILL
+
+
+WHOLE = "model optimizers step seconds logged config data position merges".split()
+
+
+@pytest.mark.parametrize("lacking", [*WHOLE, "a tensor", "an optimiser"])
+def test_a_checkpoint_that_lacks_something_is_refused_in_one_line(tmp_path, cache, lacking):
+    flags = [*TINY, "--method", "clip", "--steps", 2, "--out", tmp_path]
+    run(*flags, "--stop-after", 1)
+    path = tmp_path / "checkpoint-1.pt"
+    state = torch.load(path, weights_only=True)
+    if lacking == "a tensor":
+        del state["model"]["logit_scale"]
+    elif lacking == "an optimiser":
+        state["optimizers"].pop()
+    else:
+        del state[lacking]
+    torch.save(state, path)
+    said = said_in_one_line(run(*flags, "--resume", code=2))
+    assert str(tmp_path) in said and "no checkpoint that this version can use" in said
+    if lacking in ("model", "config", "merges", "a tensor"):
+        with pytest.raises(DataError, match="no checkpoint that this version can use"):
+            mae_clip.load(path)
+
+
+def test_files_beside_a_runs_checkpoints_are_not_taken_for_such(tmp_path):
+    for name in ("checkpoint-3.pt", "checkpoint-20.pt", "checkpoint-best.pt", "checkpoint-20 x.pt"):
+        (tmp_path / name).touch()
+    found = [path.name for path in mae_clip.checkpoints(tmp_path)]
+    assert found == ["checkpoint-20.pt", "checkpoint-3.pt"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    machine.write_whole(path, "ü")
+    assert path.read_bytes() == "ü".encode()
+    with pytest.raises(OSError, match=f"{path}: could not be written, with "):
+        with machine.whole_file(path, "part") as file:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+    assert path.read_bytes() == "ü".encode() and os.listdir(tmp_path) == ["file"]
+    machine.write_whole("/dev/null", "x")
+    assert not Path("/dev/null").is_file()
 
 
 def test_the_report_of_torchrun_ends_with_the_line_of_the_rank_that_failed(tmp_path):

@@ -1,14 +1,19 @@
-"""What else a model is for: features as a file, search, weights for timm, curves of training.
+"""What else a model is for: features as a file, search, weights for timm, curves of training; and
+how fast it trains.
 
     python eval.py embed CHECKPOINT --data SET --out features.npz
     python eval.py search CHECKPOINT "a dog on a beach" --data SET --out page.png
     python eval.py export CHECKPOINT tower.pt
     python eval.py curves RUN... --out curves
+    python eval.py benchmark --scale base --batch-size 256 --out benchmark.json
 
-For embed and search a SET may also be a plain folder of photos. Letters as in eval.py.
+For embed and search a SET may also be a plain folder of photos. benchmark takes mae_clip.py's
+flags, too. Letters as in eval.py.
 """
 
 import argparse
+import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +38,8 @@ from eval import (
     say_once,
     scoring_device,
 )
+from eval import benchmark as time_steps
+from machine import write_whole
 from weights import export_tower
 
 
@@ -138,8 +145,9 @@ def embed(flags):
         found["texts"] = texts
         found["text_features"] = encode_texts(model, tokenizer, texts)
         found["image_of_text"] = image_of_text
-    with open(args.out, "wb") as file:
-        np.savez(file, **found)
+    content = io.BytesIO()
+    np.savez(content, **found)
+    write_whole(args.out, content.getvalue())
     say(f"written to {args.out}")
     shapes = [[name, str(tuple(np.shape(values)))] for name, values in found.items()]
     return format_table([["array", "shape"], *shapes])
@@ -163,7 +171,8 @@ def search(flags, count=12):
     images = [(f"{score:.3f}  {Path(key).name}", data.decode(each)) for score, key, each in best]
     pictures.draw_page(f'"{args.sentence}"', images, args.out)
     say(f"the picture is {args.out}")
-    return format_table([["cosine", "image"], *([f"{score:.3f}", key] for score, key, _ in best)])
+    rows = [[f"{score:.3f}", data.printable(key)] for score, key, _ in best]
+    return format_table([["cosine", "image"], *rows])
 
 
 def export(flags):
@@ -176,6 +185,26 @@ def curves(flags):
     """Draws the logs of runs, one chart, as SVG and PNG."""
     args = parse("curves", flags, ["RUN"], "curves", sets=False)
     drawing = pictures.draw_curves({run: pictures.read_log(run) for run in args.run})
-    drawing.save_svg(f"{args.out}.svg")
-    drawing.save_png(f"{args.out}.png")
-    return f"the chart is {args.out}.svg and .png"
+    out = args.out.removesuffix(".png").removesuffix(".svg")
+    drawing.save_svg(f"{out}.svg")
+    drawing.save_png(f"{out}.png")
+    return f"the chart is {out}.svg and .png"
+
+
+def benchmark(flags):
+    """Times training steps -> a table of figures, which are written to --out, too."""
+    parser = argparse.ArgumentParser(
+        "eval.py benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", default="benchmark.json", help="figures (default: %(default)s)")
+    args, flags = parser.parse_known_args(flags)
+    found = time_steps(mae_clip.parse(flags))
+    write_whole(args.out, json.dumps(found, indent=1))
+    say(f"the figures are in {args.out}, too")
+    table = [["figure", "value"]]
+    for name, value in found.items():
+        table.append([name, f"{value:,.4g}" if isinstance(value, float) else str(value)])
+    return format_table(table)
