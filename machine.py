@@ -202,7 +202,25 @@ def process_group():
             f"({one_line(error):.90})"
         ) from None
     if "WORLD_SIZE" in os.environ:
-        dist.destroy_process_group()
+        end_group()
+
+
+def end_group():
+    """Ends the group of processes."""
+    # Meanwhile its threads let go of their tensors: for these they need the interpreter, which
+    # destroy_process_group keeps from them in torch 2.6, so both would wait for ever.
+    time.sleep(0.1)
+    dist.destroy_process_group()
+
+
+def leave(code):
+    """Ends the program; at once, where it is one of several processes. To take down a group that
+    has not come to its end may abort (in torch 2.6)."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def from_first(function, *arguments):

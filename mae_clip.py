@@ -861,6 +861,7 @@ from machine import (
     announce,
     checkpoints,
     from_first,
+    leave,
     own_folder,
     pick_device,
     plain,
@@ -1506,10 +1507,10 @@ def main(argv=None):
             code = train(parse(argv))
         sys.exit(code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
     except (OSError, ValueError) as error:
         say_last(f"mae_clip.py: error: {one_line(error)}")
-        sys.exit(2)
+        leave(2)
 
 
 if __name__ == "__main__":

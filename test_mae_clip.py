@@ -1492,7 +1492,7 @@ def on_one_rank(rank, world, port, folder):
         result["features"] = model.encode_image(images[:4]), model.encode_text(tokens[:4])
         result["picture"] = model.reconstruct(*batch[:4])["image"]
     torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    machine.end_group()
 
 
 @pytest.fixture(scope="module")
@@ -5953,7 +5953,7 @@ def on_each_rank(rank, port, folder):
     config = dataclasses.replace(model.config, eval_data=shard, batch_size=4)
     losses = validation.validation(model, Tokenizer([]), config, torch.device("cpu"), FLOAT32)
     torch.save({"said": said, "value": value, "losses": losses}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    machine.end_group()
 
 
 def test_ranks_that_differ_stop_with_the_rank_and_the_thing_and_validate_as_one(tmp_path):
