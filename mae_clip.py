@@ -923,7 +923,7 @@ class Config(ModelConfig):
     data_seed: int = 0  # built-in data: its seed, which also fixes the pairs never trained on
     workers: int = 1  # processes that decode ahead
     crop: float = 1.0  # random crops of at least this share (less if none fits); 1: centre crop
-    steps: int = 400  # optimiser steps
+    steps: int = 450  # optimiser steps
     stop_after: int = 0  # save and stop after so many steps in all; 0: at --steps
     batch_size: int = 256  # pairs a step, over all processes
     optimizer: str = "muon"  # of linear layers' matrices: muon or adamw; all else has adamw
@@ -984,7 +984,7 @@ TABLE = """
     decoder_heads       1        2       16       16
     scenes           2000    40000    40000    40000
     batch_size         64      256     4096     4096
-    steps              60      400    90000    90000
+    steps              60      450    90000    90000
     warmup             10       50     2000     2000
     lr               1e-2     1e-2     1e-3     5e-4
     image_weight      0.3      0.3      0.1      0.1
