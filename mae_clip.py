@@ -221,9 +221,9 @@ def random_text_mask(noise, tokens, ratio):
     # Between SOT and an EOT at position `end` stand end - 1 tokens.
     kept = torch.tensor(kept_of_length, device=tokens.device)[end - 1]  # (B,1)
     mask = between & (rank >= kept)
-    # A full caption keeps K and loses T - K, and a shorter one no more of either. So in
-    # removed_last(mask) all that is kept stands among the first K, and all that is removed after
-    # them.
+    # Of a full caption K positions stay (SOT and EOT among them) and T - K are removed. Of a short
+    # one at most so many: its padding fills the middle of removed_last(mask). So the first K there
+    # hold all that stays, and the last T - K all that is removed.
     K = 2 + kept_of_length[-1]
     return removed_last(mask)[:, :K], mask
 
@@ -564,11 +564,11 @@ def simclr_loss(a, b, temperature=0.1):
 # views, or errors of removed positions. Where rows must find each other, it gathers those of all
 # ranks. of_all_ranks gathers the parts, and their mean (in masked_mean their sum over the count of
 # all) is the loss L of the whole batch: the same number on every rank.
-# Backward. Every rank calls backward on its L, and the backward pass of a gather adds up what comes
-# from all ranks. Taken together this differentiates L + ... + L = n L, in which every rank has its
-# own copy of each parameter p. dL/dp is the sum of what the n copies contribute to it, and each
-# copy receives n times its own contribution. So the mean of what they receive, which
-# DistributedDataParallel takes, is dL/dp: the gradient of one GPU with all rows.
+# Backward. p_r is rank r's copy of a parameter p; L depends on all copies, through the gathers.
+#     dL/dp = sum over r of dL/dp_r             the gradient of one GPU with all rows
+#     p_r.grad = d(L + ... + L)/dp_r = n dL/dp_r      since all n ranks call backward on L
+#     mean over r of p_r.grad = sum over r of dL/dp_r = dL/dp
+# That mean is what DistributedDataParallel takes.
 # All ranks must call a loss together. encode_image, encode_text and reconstruct call none of this.
 
 
@@ -832,8 +832,9 @@ class MAECLIP(nn.Module):
             found["image"] = patches.scatter(1, index, pixels.to(patches.dtype))
             found["image_mask"] = image_masked.mask
         if text_masked is not None:
+            # This writes guesses into spare slots, too; `where` puts the caption's tokens back.
             guess = tokens.scatter(1, text_masked.removed, logits.argmax(dim=-1))
-            found["text"] = guess.where(text_masked.mask, tokens)  # at spare slots the caption's
+            found["text"] = guess.where(text_masked.mask, tokens)
             found["text_mask"] = text_masked.mask
         return found
 
@@ -1203,17 +1204,17 @@ def open_run(config):
     with usable(saved[0]):
         state = {name: state[name] for name in SAVED}
     then = plain(state["config"])
-    finished = state["step"] == then["steps"]
-    if finished and config.steps > then["steps"]:
-        del then["steps"]  # it may be another
+    # A run that came to its last step may go on to a later one.
+    longer = state["step"] == then["steps"] < config.steps
+    free = [*MAY_CHANGE, "steps"] if longer else MAY_CHANGE
     flags = [
         f"{flag(name)} {then[name]}"
         for name in then
-        if name not in MAY_CHANGE and then[name] != getattr(config, name)
+        if name not in free and then[name] != getattr(config, name)
     ]
     if flags:
         raise DataError(f"{out}: was trained with {' '.join(flags)}; give that, or another --out")
-    if "steps" not in then:
+    if longer:
         print(
             f"trained for {state['step']:,} steps, and now for more: the learning rate rises to "
             f"where it would be had --steps been {config.steps:,}"
@@ -1304,7 +1305,7 @@ def log(run, rows, seconds, waited):
     good = [row for row in rows if row is not None]
     if not good:
         if first:
-            tqdm.write(f"step {run.step:,}: the last {len(rows)} changed nothing: loss not finite")
+            tqdm.write(f"step {run.step:,}: the last {len(rows)} changed nothing: not finite")
         return ""
     means = torch.stack(good).mean(dim=0).tolist()
     record = {
@@ -1341,11 +1342,14 @@ def fit(run, net, device, autocast):
     config = run.config
     rank, _ = ranks()
     last = min(config.steps, config.stop_after or config.steps)
-    # A stream goes on at a shard, and local shards, whose position is always 0, at a step.
-    batches = run.loader.batches(run.loader.position or run.step)
+    # A stream goes on at a shard, local shards at a step.
+    start = run.loader.position if run.loader.stream else run.step
+    batches = run.loader.batches(start)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
-    lost = 0  # steps since the last finite one
-    # Whether all of a step is done: False until it is counted and logged. Nothing is saved then.
+    # Steps since the last finite one. After two the weights themselves are in doubt: these are not
+    # saved, and a signal waits for a finite step, or for the tenth lost one.
+    lost = 0
+    # False in the middle of a step, until it is counted and logged: nothing is saved meanwhile.
     whole = True
     # disable=None hides the bar where stderr is no terminal.
     bar = tqdm(
@@ -1393,15 +1397,15 @@ def fit(run, net, device, autocast):
                     since += time.time() - began  # training has not gone on meanwhile
                 if lost == 10 or (lost > 1 and run.step == last):
                     raise DataError(
-                        f"step {run.step}: no loss of {lost} steps was finite; begin anew, with "
-                        "lower --lr and another --out"
+                        f"step {run.step}: none of the last {lost} was finite (loss and gradient); "
+                        "begin anew, with lower --lr and another --out"
                     )
                 due = run.step % config.save_every == 0 and run.step < last
-                if rank == 0 and due and not lost:  # at the last step `finally` saves
+                if rank == 0 and due and lost < 2:  # at the last step `finally` saves
                     save_checkpoint(run)
         except Interrupted:
             stopped = signals.came
-        finally:  # whatever ended the loop, unless it came in the middle of a step
+        finally:  # whatever ended the loop, unless that came in the middle of a step
             if rank == 0 and whole and lost < 2:
                 save_checkpoint(run)
     return stopped
@@ -1465,7 +1469,8 @@ def finish(run):
     config = run.config
     print(run.loader.report())
     if run.step < config.steps:
-        print(f"stopped and saved at step {run.step:,}; to go on add --resume to the command")
+        saved = ", ".join(path.name for path in checkpoints(config.out)[:1]) or "nothing"
+        print(f"stopped at step {run.step:,}, saved: {saved}; to go on add --resume to the command")
         return
     print(f"trained and saved in {config.out}; now scoring (if interrupted, --resume does it)")
     record = {"seconds": run.seconds, "steps": run.step, "config": plain(config)}
@@ -1503,7 +1508,9 @@ def main(argv=None):
     """Runs the command line: exit code 0 when done, 2 where what was given (or a file) does not
     work, 128 + n when signal n ended it."""
     try:
-        with process_group():  # first, lest the others wait for one that has failed
+        # Joined before anything can fail, even parse: the others would wait for one that never
+        # comes.
+        with process_group():
             code = train(parse(argv))
         sys.exit(code)
     except KeyboardInterrupt:

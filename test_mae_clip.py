@@ -4440,7 +4440,8 @@ def test_a_run_without_a_finite_loss_ends_and_says_what_to_do(tmp_path):
     flags = ("--method", "clip", "--lr", 1e30, "--warmup", 0, "--steps", 20, "--log-every", 2)
     done = run(*TINY, *flags, "--out", tmp_path / "run", code=2)
     said = said_in_one_line(done)
-    assert "no loss of 10 steps was finite; begin anew, with lower --lr and another --out" in said
+    assert "step 11: none of the last 10 was finite" in said
+    assert "begin anew, with lower --lr and another --out" in said
 
 
 def test_a_few_steps_that_are_not_finite_do_not_end_a_run(tmp_path, monkeypatch):
@@ -4457,7 +4458,7 @@ def test_a_few_steps_that_are_not_finite_do_not_end_a_run(tmp_path, monkeypatch)
     records = logged(tmp_path / "run")
     found = [(record["step"], record["skipped"]) for record in records]
     assert found == [(1, 0), (4, 2), (5, 0), (11, 5)]
-    assert "step 10: the last 5 changed nothing: loss not finite" in said
+    assert "step 10: the last 5 changed nothing: not finite" in said
     assert (tmp_path / "run" / "results.json").exists()
     state = torch.load(tmp_path / "run" / "checkpoint-12.pt", weights_only=True)
     assert state["step"] == 12  # a last step that was not finite loses nothing
@@ -4472,9 +4473,9 @@ def test_the_last_checkpoint_of_a_finite_loss_is_kept(tmp_path, monkeypatch, ste
     )
     flags = ("--method", "clip", "--steps", steps, "--log-every", 50, "--save-every", 1)
     done = run(*TINY, *flags, "--out", tmp_path, code=2)
-    assert f"step {3 + lost}: no loss of {lost} steps was finite" in said_in_one_line(done)
+    assert f"step {3 + lost}: none of the last {lost} was finite" in said_in_one_line(done)
     assert sorted(tmp_path.glob("checkpoint-*")) == [
-        tmp_path / f"checkpoint-{n}.pt" for n in (2, 3)
+        tmp_path / f"checkpoint-{n}.pt" for n in (3, 4)
     ]
     assert not (tmp_path / "results.json").exists()
 
@@ -5762,7 +5763,7 @@ def test_weights_in_the_middle_of_a_step_are_not_saved(tmp_path, monkeypatch):
 def test_weights_that_give_no_finite_loss_are_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(mae_clip, "train_step", lambda *_: None)
     flags = [*TINY, "--method", "clip", "--steps", 20, "--log-every", 10, "--out", tmp_path]
-    assert "no loss of 10 steps was finite" in said_in_one_line(run(*flags, code=2))
+    assert "step 10: none of the last 10 was finite" in said_in_one_line(run(*flags, code=2))
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
