@@ -1364,13 +1364,13 @@ def fit(run, net, device, autocast):
                 fetching = time.time()
                 with signals.interruptible():
                     batch = next(batches)
+                waited += time.time() - fetching
                 # Before each step every rank learns whether a signal came to any, so that all stop
                 # at the same step, and how far the furthest is in its stream.
                 own = torch.tensor([[signals.came, run.loader.position]], device=device)
                 stopped, run.position = gather(own).amax(dim=0).tolist()
                 if stopped and lost < 2:
                     break
-                waited += time.time() - fetching
                 for optimizer in run.optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(run.step, config)
