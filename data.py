@@ -67,6 +67,9 @@ def end_with_parent(worker):
     waits for a command or a lock."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    parent = multiprocessing.parent_process()
+    if parent and not parent.is_alive():  # it was killed before
+        os._exit(1)
 
 
 def be_quiet(worker):

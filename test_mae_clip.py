@@ -5840,6 +5840,45 @@ def test_a_signal_saves_though_the_data_of_several_ranks_stall(tmp_path, from_a_
     assert (tmp_path / "run" / f"checkpoint-{steps}.pt").exists()
 
 
+def begins_after_its_parents_end(begun, ended):
+    """A child of a child of this test: it begins its work when its parent has been killed."""
+    begun.touch()
+    while os.getppid() == multiprocessing.parent_process().pid:
+        time.sleep(0.01)
+    data.end_with_parent(0)
+    ended.touch()
+
+
+def test_a_worker_whose_parent_was_killed_before_it_began_ends(tmp_path):
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+
+    def parent():
+        child = multiprocessing.Process(target=begins_after_its_parents_end, args=(begun, ended))
+        child.start()
+        (tmp_path / "child").write_text(str(child.pid))
+        child.join()
+
+    process = multiprocessing.get_context("fork").Process(target=parent)
+    process.start()
+    while not begun.exists() or not (tmp_path / "child").exists():
+        time.sleep(0.01)
+    child = int((tmp_path / "child").read_text())
+    process.kill()
+    process.join()
+    for _ in range(1000):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            break
+        with contextlib.suppress(OSError):  # a zombie, where nobody takes it in, has ended
+            if Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                break
+        time.sleep(0.01)
+    else:
+        pytest.fail("it goes on")
+    assert not ended.exists()
+
+
 def test_a_worker_that_was_stopped_ends_with_its_loader(tmp_path):
     loader = loader_of(shards_of(tmp_path / "s", [40]), workers=1)
     batches = loader.batches(0)
