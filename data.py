@@ -95,8 +95,9 @@ def workers_of(loader):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error now
         for worker in workers:
             worker.terminate()  # which torch's handler in the worker makes a regular end
+        deadline = time.time() + 5
         for worker in workers:
-            worker.join(5)
+            worker.join(max(0, deadline - time.time()))
             worker.kill()  # one that was stopped (SIGSTOP) has not ended
 
 

@@ -384,8 +384,11 @@ def own_folder(folder):
             raise DataError(f"{folder}: is being trained in by {path.read_text().strip()}")
         held.append(file)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        try:
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        except OSError as error:
+            raise OSError(f"{path}: could not be written ({one_line(error)})") from None
 
     from_first(take)
     try:

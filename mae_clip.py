@@ -1346,8 +1346,9 @@ def fit(run, net, device, autocast):
     start = run.loader.position if run.loader.stream else run.step
     batches = run.loader.batches(start)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
-    # Steps since the last finite one. After two the weights themselves are in doubt: these are not
-    # saved, and a signal waits for a finite step, or for the tenth lost one.
+    # Steps since the last finite one. After one the weights themselves are in doubt: these are not
+    # saved, and a signal waits for a finite step, or for the tenth lost one. A last step alone may
+    # be lost.
     lost = 0
     # False in the middle of a step, until it is counted and logged: nothing is saved meanwhile.
     whole = True
@@ -1369,7 +1370,7 @@ def fit(run, net, device, autocast):
                 # at the same step, and how far the furthest is in its stream.
                 own = torch.tensor([[signals.came, run.loader.position]], device=device)
                 stopped, run.position = gather(own).amax(dim=0).tolist()
-                if stopped and lost < 2:
+                if stopped and not lost:
                     break
                 for optimizer in run.optimizers:
                     for group in optimizer.param_groups:
@@ -1401,7 +1402,7 @@ def fit(run, net, device, autocast):
                         "begin anew, with lower --lr and another --out"
                     )
                 due = run.step % config.save_every == 0 and run.step < last
-                if rank == 0 and due and lost < 2:  # at the last step `finally` saves
+                if rank == 0 and due and not lost:  # at the last step `finally` saves
                     save_checkpoint(run)
         except Interrupted:
             stopped = signals.came

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import mae_clip
 from data import DataError
-from machine import save_whole
+from machine import save_whole, write_whole
 
 TOWER = "image_encoder."
 WANTED = "give a run's folder, a checkpoint, or a file of weights (.pth, .pt, .safetensors)"
@@ -134,7 +134,7 @@ def export_tower(checkpoint, path):
             from safetensors.torch import save
         except ImportError:
             raise DataError(f"{path}: needs the package safetensors (pip install it)") from None
-        Path(path).write_bytes(save(tower))
+        write_whole(path, save(tower))
         read = f"safetensors.torch.load_file({str(path)!r})"
     else:
         save_whole(tower, Path(path))
