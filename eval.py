@@ -572,6 +572,8 @@ def score_retrieval(model, tokenizer, dataset, encoded):
         raise DataError("its images have no captions (labels need classnames.txt)")
     own = np.array([len(captions) for captions in test.targets])  # texts of each image
     images = test.embedded[own > 0]  # those with a caption
+    if len(images) < len(own):
+        say(f"{dataset.name}: {len(own) - len(images)} images have no caption, and are left out")
     own = own[own > 0]
     owner = np.repeat(np.arange(len(own)), own)
     features = encode_texts(model, tokenizer, texts)
@@ -946,7 +948,7 @@ def make_parser():
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument(
             "paths", nargs="+", metavar="CHECKPOINT", help="a file or a run's folder"
         )

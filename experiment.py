@@ -434,7 +434,7 @@ def parse(argv):
     if "--quick" in argv:
         parser.set_defaults(**QUICK)
     args, flags = parser.parse_known_args(argv)
-    if "--scale" not in flags:
+    if not any(flag.split("=")[0] == "--scale" for flag in flags):
         # Longer than the first command, as in the README's figure. What was given comes later, and
         # so counts.
         flags = ["--steps", "500", *flags]

@@ -301,6 +301,8 @@ def whole_file(path, part):
     disk; until then it has the name `part`, and is gone if anything fails. OSError, which names
     the file, where the disk is full."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: there is no such folder")
     part = path.with_name(part)
     try:
         with open(part, "wb") as file:
@@ -310,8 +312,7 @@ def whole_file(path, part):
         part.replace(path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        place = path.parent if path.parent.is_dir() else "."
-        free = shutil.disk_usage(place).free >> 20
+        free = shutil.disk_usage(path.parent).free >> 20
         raise OSError(
             f"{path}: could not be written, with {free} MiB free there ({one_line(error)})"
         ) from None
@@ -325,11 +326,13 @@ def save_whole(state, path):
 
 
 def write_whole(path, content):
-    """Writes text or bytes, whole or not at all; what is no plain file, as /dev/null, as it is."""
-    if Path(path).exists() and not Path(path).is_file():
-        Path(path).write_bytes(as_bytes(content))
+    """Writes text or bytes, whole or not at all; but through a link, such as /dev/stdout, or to
+    what is no plain file, such as /dev/null, directly."""
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_bytes(as_bytes(content))
         return
-    with whole_file(path, f"{Path(path).name}.part") as file:
+    with whole_file(path, f"{path.name}.part") as file:
         file.write(as_bytes(content))
 
 
@@ -347,10 +350,15 @@ def usable(path):
     try:
         yield
     except Exception as error:
+        if not Path(path).exists():
+            raise DataError(f"{path}: there is no such file or folder") from None
+        if Path(path).is_dir():
+            raise DataError(
+                f"{path}: holds no checkpoint-STEP.pt, as a run's folder does"
+            ) from None
         raise DataError(
-            f"{path}: is no checkpoint that this version can use, nor a run's folder with one "
-            f"({error!r:.90}); if a run's newest is damaged, remove it: --resume goes on from the "
-            "one before"
+            f"{path}: is no checkpoint that this version can use ({error!r:.90}); where it is a "
+            "run's newest and damaged, remove it: --resume goes on from the one before"
         ) from None
 
 

@@ -1440,7 +1440,7 @@ def train_in_folder(config, device, autocast):
     model = MAECLIP(config).to(device)
     run = Run(config, model, make_optimizers(model, config), loader)
     if state:
-        with usable(config.out):
+        with usable(Path(config.out, f"checkpoint-{state['step']}.pt")):
             model.load_state_dict(state["model"])
             for optimizer, values in zip(run.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(values)

@@ -19,7 +19,7 @@ from shlex import quote
 import numpy as np
 from PIL import ImageOps
 
-from data import IMAGE_FIELDS, DataError, decode, in_parallel, printable
+from data import IMAGE_FIELDS, DataError, captions, decode, in_parallel, printable
 from shards import as_jpeg, build, described
 
 # Names of a column of paths; where a table has several, the one that stands first here counts.
@@ -97,10 +97,11 @@ def rows_of(source):
     if delimiter in ",;":
         return parsed(source, text, delimiter=delimiter, strict=True)
     # With tabs or bars quotes mostly are a part of the text; but some programs quote cells there,
-    # too. Then all quotes close, and in the same line.
+    # too. Then all quotes close.
     with suppress(DataError):
         rows = parsed(source, text, delimiter=delimiter, strict=True)
-        if not any("\n" in cell for _, row in rows for cell in row):
+        # A cell of several lines and their delimiters would be lines that two quotes have joined.
+        if not any("\n" in cell and delimiter in cell for _, row in rows for cell in row):
             return rows
     return parsed(source, text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
 
@@ -192,9 +193,13 @@ def read_folder(folder):
         print(f"captions: {len(told)} photos have NAME.txt beside them, a caption a line")
         photos = []
         for file in images:
-            text = folder / file.with_suffix(".txt")
-            caption = text.read_text("utf-8-sig", "replace") if file in told else ""
-            photos.append((folder / file, {"txt": caption}, folder / file))
+            sample = {}
+            for field in ("txt", "json"):
+                path = (folder / file).with_suffix(f".{field}")
+                sample[field] = path.read_bytes() if path.is_file() else b""
+            # By the rule of shards, which img2dataset writes of the same files.
+            fields = {"txt": "\n".join(captions(sample))}
+            photos.append((folder / file, fields, folder / file))
         return photos, []
     inside = [file for file in images if len(file.parts) > 1]
     classes = sorted({file.parts[0] for file in inside})
@@ -218,6 +223,7 @@ def read_folder(folder):
         photos.append((folder / file, fields, folder / file))
     if classes:
         names = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
+        names = printable(names)
         print(f"classes: {len(classes)} ({names}), captioned {PACK_TEMPLATE!r}, with c its name")
     folders = {path.parts[0] for path in found if (folder / path.parts[0]).is_dir()}
     empty = sorted(folders.difference(classes))

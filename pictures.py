@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
-from data import DataError
+from data import DataError, one_line
 
 
 # --- Lines and words ------------------------------------------------------------------------------
@@ -208,7 +208,8 @@ def read_log(folder):
             for name, value in record.get("validation", {}).items():
                 curves[f"validation {name}"].append((step, value))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: is no run's folder, or its log is damaged ({error})") from None
+        reason = one_line(error)
+        raise DataError(f"{folder}: is no run's folder, or its log is damaged ({reason})") from None
     if not curves:
         raise DataError(f"{folder}: its log.jsonl holds no step yet")
     curves["chance"] = [(step, chance) for step, _ in curves.get("contrastive", ())]

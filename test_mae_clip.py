@@ -3311,7 +3311,7 @@ def test_pack_takes_the_columns_that_a_header_names_and_without_one_the_first_tw
 @pytest.mark.parametrize("name", ["t.tsv", "bars.csv"])
 def test_pack_takes_quoted_cells_where_all_quotes_of_a_table_close(tmp_path, name):
     photos_in(tmp_path, ["0.jpg", "1.jpg"])
-    rows = ["path|caption", '"0.jpg"|"a ""red"" dog"', '1.jpg|"a dog | a cat"']
+    rows = ["path|caption", '"0.jpg"|"a ""red""\ndog"', '1.jpg|"a dog | a cat"']
     if name == "t.tsv":
         rows = [row.replace(" | ", " and ").replace("|", "\t") for row in rows]
     (tmp_path / name).write_text("\n".join(rows))
@@ -3333,6 +3333,9 @@ def test_pack_takes_the_texts_that_most_photos_have_beside_them(tmp_path):
     photos_in(tmp_path / "in", [f"0000{n % 2}/{n}.jpg" for n in range(5)])
     for n in range(4):
         (tmp_path / "in" / f"0000{n % 2}" / f"{n}.txt").write_text(f"dog {n}\n")
+    # Of one caption of two lines, as img2dataset writes it to both files.
+    (tmp_path / "in" / "00000" / "0.txt").write_text("dog\n0")
+    (tmp_path / "in" / "00000" / "0.json").write_text(json.dumps({"caption": "dog\n0"}))
     code, said, _ = command("pack", tmp_path / "in", tmp_path / "out")
     assert code == 0 and "4 photos have NAME.txt" in said and "these 1 without caption" in said
     assert not (tmp_path / "out" / "classnames.txt").exists()
@@ -3530,6 +3533,8 @@ def test_images_without_a_caption_are_left_out_of_recall_and_said(trained, tmp_p
     for source in (whole, both):
         out = call(capsys, "retrieval", trained["clip"], "--data", source, "--format", "json")
         rows.append([(row["measure"], row["values"]) for row in json.loads(out)])
+    evaluation.main(["retrieval", str(trained["clip"]), "--data", str(both)])
+    assert "both.tar: 2 images have no caption, and are left out" in capsys.readouterr().err
     assert [name for name, _ in rows[0]] == [name for name, _ in rows[1]]
     for (_, first), (_, second) in zip(*rows, strict=True):
         assert list(first.values()) == list(second.values())
@@ -5931,6 +5936,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == "ü".encode() and os.listdir(tmp_path) == ["file"]
     machine.write_whole("/dev/null", "x")
     assert not Path("/dev/null").is_file()
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    machine.write_whole(link, "through it")
+    assert link.is_symlink() and path.read_text() == "through it"
+    with pytest.raises(DataError, match="there is no such folder"):
+        machine.write_whole(tmp_path / "nowhere" / "file", "x")
 
 
 def test_the_report_of_torchrun_ends_with_the_line_of_the_rank_that_failed(tmp_path):

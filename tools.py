@@ -201,6 +201,8 @@ def benchmark(flags):
     )
     parser.add_argument("--out", default="benchmark.json", help="figures (default: %(default)s)")
     args, flags = parser.parse_known_args(flags)
+    if not Path(args.out).parent.is_dir():
+        raise DataError(f"--out {args.out}: there is no such folder")
     found = time_steps(mae_clip.parse(flags))
     write_whole(args.out, json.dumps(found, indent=1))
     say(f"the figures are in {args.out}, too")
