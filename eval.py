@@ -938,14 +938,17 @@ ELSEWHERE = {  # the file and function of the command, and what it does
 }
 
 
+def new_parser(name, text):
+    """A parser whose help shows the text as it stands."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        name, description=text, formatter_class=layout, allow_abbrev=False
+    )
+
+
 def make_parser():
     """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(
-        "eval.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("eval.py", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)

@@ -16,7 +16,6 @@ apart), and each run's folder and log. Runs that have a row are not made again; 
 goes on.
 """
 
-import argparse
 import csv
 import json
 import math
@@ -39,7 +38,7 @@ from tqdm import tqdm
 import data
 import mae_clip
 from data import DataError
-from eval import format_table, open_sets, say
+from eval import format_table, new_parser, open_sets, say
 from machine import lock_file
 from pictures import Drawing, ticks
 from scenes import builtin
@@ -413,12 +412,7 @@ QUICK = {"samples": "1000,6000,40000", "pool": "gap", "seed": "3,4,5"}
 
 def parse(argv):
     """The command line -> its values, and the flags that are mae_clip.py's."""
-    parser = argparse.ArgumentParser(
-        "eval.py experiment",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("eval.py experiment", __doc__)
     parser.add_argument("--quick", action="store_true", help="three amounts, gap, three seeds")
     for name, (kind, value, text) in DEFAULTS.items():
         text += ", with commas between (default: %(default)s)"

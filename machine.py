@@ -299,10 +299,15 @@ def write_record(run, record):
 def whole_file(path, part):
     """Inside `with`, a new file, open for bytes, that takes its name when it is whole and on the
     disk; until then it has the name `part`, and is gone if anything fails. OSError, which names
-    the file, where the disk is full."""
+    the file, where the disk is full. A link, such as /dev/stdout, is written through, and what is
+    no plain file, such as /dev/null, directly."""
     path = Path(path)
     if not path.parent.is_dir():
         raise DataError(f"{path}: there is no such folder")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        with open(path, "wb") as file:
+            yield file
+        return
     part = path.with_name(part)
     try:
         with open(part, "wb") as file:
@@ -326,13 +331,8 @@ def save_whole(state, path):
 
 
 def write_whole(path, content):
-    """Writes text or bytes, whole or not at all; but through a link, such as /dev/stdout, or to
-    what is no plain file, such as /dev/null, directly."""
-    path = Path(path)
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        path.write_bytes(as_bytes(content))
-        return
-    with whole_file(path, f"{path.name}.part") as file:
+    """Writes text or bytes, whole or not at all."""
+    with whole_file(path, f"{Path(path).name}.part") as file:
         file.write(as_bytes(content))
 
 

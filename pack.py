@@ -222,8 +222,7 @@ def read_folder(folder):
             fields = {"cls": str(classes.index(name)), "txt": PACK_TEMPLATE.replace("{c}", name)}
         photos.append((folder / file, fields, folder / file))
     if classes:
-        names = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
-        names = printable(names)
+        names = printable(", ".join(classes[:5])) + ", ..." * (len(classes) > 5)
         print(f"classes: {len(classes)} ({names}), captioned {PACK_TEMPLATE!r}, with c its name")
     folders = {path.parts[0] for path in found if (folder / path.parts[0]).is_dir()}
     empty = sorted(folders.difference(classes))
@@ -303,11 +302,11 @@ def pack(source, folder, size=0, test=0.0, shard=1000):
     photos = [photo for photo, reason in zip(photos, faults, strict=True) if not reason]
     if not photos:
         raise DataError(f"{folder}: not made, since not one image could be read")
-    bare = len(photos)
     captioned = [photo for photo in photos if photo[1]["txt"].strip()]
+    bare = 0
     if captioned:  # else all are for mae
+        bare = len(photos) - len(captioned)
         photos = captioned
-    bare -= len(photos)
     order = np.random.default_rng(0).permutation(len(photos)).tolist()
     by_class = {}
     for n in order:

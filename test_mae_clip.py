@@ -5940,6 +5940,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     link.symlink_to(path)
     machine.write_whole(link, "through it")
     assert link.is_symlink() and path.read_text() == "through it"
+    machine.save_whole({"x": 1}, link)
+    assert link.is_symlink() and torch.load(path) == {"x": 1}
     with pytest.raises(DataError, match="there is no such folder"):
         machine.write_whole(tmp_path / "nowhere" / "file", "x")
 

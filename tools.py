@@ -11,8 +11,6 @@ For embed and search a SET may also be a plain folder of photos. benchmark takes
 flags, too. Letters as in eval.py.
 """
 
-import argparse
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from eval import (
     encode_split,
     encode_texts,
     format_table,
+    new_parser,
     open_sets,
     run_folder,
     say,
@@ -39,7 +38,7 @@ from eval import (
     scoring_device,
 )
 from eval import benchmark as time_steps
-from machine import write_whole
+from machine import whole_file, write_whole
 from weights import export_tower
 
 
@@ -86,15 +85,16 @@ POSITIONAL = {
 }
 
 
+def check_folder(out):
+    """DataError, before anything is computed, where the folder of --out is missing."""
+    if not Path(out).parent.is_dir():
+        raise DataError(f"--out {out}: there is no such folder")
+
+
 def parse(command, flags, positional, out, sets=True):
     """The values of a command's flags; positional: its names; out: what --out is when not given;
     sets: does it read --data."""
-    parser = argparse.ArgumentParser(
-        f"eval.py {command}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(f"eval.py {command}", __doc__)
     for name in positional:
         parser.add_argument(
             name.lower(), metavar=name, nargs="+" if name == "RUN" else None, help=POSITIONAL[name]
@@ -107,8 +107,8 @@ def parse(command, flags, positional, out, sets=True):
     args = parser.parse_args(flags)
     if out and not args.out:
         args.out = str(run_folder(vars(args).get("checkpoint") or args.run[0]) / out)
-    if out and not Path(args.out).parent.is_dir():
-        raise DataError(f"--out {args.out}: there is no such folder")
+    if out:
+        check_folder(args.out)
     return args
 
 
@@ -145,9 +145,8 @@ def embed(flags):
         found["texts"] = texts
         found["text_features"] = encode_texts(model, tokenizer, texts)
         found["image_of_text"] = image_of_text
-    content = io.BytesIO()
-    np.savez(content, **found)
-    write_whole(args.out, content.getvalue())
+    with whole_file(args.out, "features.part") as file:
+        np.savez(file, **found)
     say(f"written to {args.out}")
     shapes = [[name, str(tuple(np.shape(values)))] for name, values in found.items()]
     return format_table([["array", "shape"], *shapes])
@@ -193,16 +192,10 @@ def curves(flags):
 
 def benchmark(flags):
     """Times training steps -> a table of figures, which are written to --out, too."""
-    parser = argparse.ArgumentParser(
-        "eval.py benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("eval.py benchmark", __doc__)
     parser.add_argument("--out", default="benchmark.json", help="figures (default: %(default)s)")
     args, flags = parser.parse_known_args(flags)
-    if not Path(args.out).parent.is_dir():
-        raise DataError(f"--out {args.out}: there is no such folder")
+    check_folder(args.out)
     found = time_steps(mae_clip.parse(flags))
     write_whole(args.out, json.dumps(found, indent=1))
     say(f"the figures are in {args.out}, too")
