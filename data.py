@@ -128,7 +128,8 @@ FOLDER_NAMES = ("train/*.tar", "train*.tar", "*.tar")  # a folder's shards: the 
 
 def parts_of(source):
     """A source -> the paths and commands that are joined in it."""
-    if os.path.exists(re.sub(r"/[^/]*[*{][^/]*$", "", source)):  # a path may hold `::`
+    # A path may hold `::`, where it is there, or before its braces and globs.
+    if os.path.exists(re.sub(r"/[^/]*[*{][^/]*$", "", source)):
         return [source]
     source = source.strip()
     paths, *commands = re.split(r"(?i:(?:^|::)\s*pipe:)", source)
@@ -150,7 +151,7 @@ def expand(source):
     for part in parts_of(source) if isinstance(source, str) else source:
         found = []
         folder = os.path.dirname(part)
-        named = len(folder) if os.path.isdir(folder) else 0  # braces in its name are no numbers
+        named = len(folder) if os.path.isdir(folder) else 0  # braces in a folder's name
         numbers = re.compile(r"\{(\d+)\.\.(\d+)\}").search(part, named)
         if os.path.isfile(part):
             found = [part]
@@ -253,7 +254,7 @@ def grouped(file):
                 size = info.size if info.isreg() else 0  # what a folder's header says is void
                 if info.size < 0 or size > end - info.offset_data or info.issparse():
                     raise tarfile.ReadError
-                if info.offset < reached:  # tarfile goes back to where a size below 0 leads
+                if info.offset < reached:  # a size below 0 leads back, and tarfile follows
                     raise tarfile.ReadError
                 reached = info.offset + 1
                 name = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", info.name)
@@ -422,7 +423,7 @@ def preprocess(image, size):
 def random_crop(data, size, least, rng):
     """Image bytes -> uint8 (3,S,S): a random box, of `least` to 1 of the area and sides from 3:4 to
     4:3, cut short where it does not fit, resized."""
-    # Decoded at the coarsest size that leaves `size` pixels in the smallest box.
+    # A JPEG is decoded no finer than leaves the smallest box `size` pixels a side.
     image = decode(data, math.ceil(size / math.sqrt(0.75 * least)))
     area = image.width * image.height * rng.uniform(least, 1)
     ratio = (4 / 3) ** rng.uniform(-1, 1)
@@ -582,7 +583,8 @@ def check(sample, captioned):
 
 def index(file, shard, captioned):
     """An open shard -> keys and rows (offset and size of each of INDEXED) of what is readable,
-    (name, cause) of the rest, a digest of all texts. captioned: must samples have a caption."""
+    (name, cause) of the rest, a digest of the former's texts. captioned: must samples have a
+    caption."""
     keys = []
     rows = []
     bad = []
@@ -655,15 +657,16 @@ def index_shard(job):
 
 # --- Loader ---------------------------------------------------------------------------------------
 TOKENIZED = 200_000  # samples from which the tokenizer is learned
-Batch = namedtuple("Batch", "images tokens keys")  # of a rank: uint8 (B,3,S,S), int64 (B,T), names
+Batch = namedtuple("Batch", "images tokens keys")  # of a rank: uint8 (B,3,S,S), int64 (B,T), keys
 
 
 class LocalShards:
     """The samples of a Loader's local shards. Every readable one (with `samples`, every chosen one)
-    comes once an epoch over all ranks and workers. Their order is a pure function of (seed, epoch);
-    the last ones of it, too few for a whole batch of all ranks, are left out in that epoch. Memory
-    is about 80 bytes a sample, in arrays: a list of Python objects would be copied page by page
-    into each worker, as reading one changes its count of references."""
+    comes once an epoch over all ranks and workers (one that does not decode: see make_batch). Their
+    order is a pure function of (seed, epoch); the last ones of it, too few for a whole batch of all
+    ranks, are left out in that epoch. Memory is about 80 bytes a sample, in arrays: a list of
+    Python objects would be copied page by page into each worker, as reading one changes its count
+    of references."""
 
     def __init__(self, loader, shards):
         self.loader = loader
@@ -876,7 +879,7 @@ class Loader:
 
     def count(self, failed, once=True):
         """Counts what failed, (name, cause) each, and logs the first few; if `once`, what has been
-        counted in an epoch before is left out."""
+        counted before is left out."""
         for name, cause in failed:
             if once and name in self.counted:
                 continue
@@ -929,7 +932,7 @@ class Loader:
 
     def make_batch(self, samples, failed):
         """As make_samples, but -> a Batch, of full size: where a sample does not decode, another of
-        them comes twice. Where none does, the batch is of another sample of the data; None where
+        them comes again. Where none does, the batch is of another sample of the data; None where
         there is no such one."""
         made = list(self.make_samples(samples, failed))
         if samples and not made:
@@ -940,7 +943,7 @@ class Loader:
         made = [made[n % len(made)] for n in range(self.batch_size)]
         keys, texts, images = zip(*made, strict=True)
         tokens = (self.tokenizer or Tokenizer([])).batch(texts, self.context)
-        images = torch.from_numpy(np.stack(images))  # torch's threads stay with the model
+        images = torch.from_numpy(np.stack(images))  # numpy starts no threads beside the model's
         return Batch(images, tokens, list(keys))
 
     def batches(self, start, stop=sys.maxsize):

@@ -13,7 +13,7 @@
 
 A CHECKPOINT is a file or a run's folder, whose newest one counts. A SET is a folder in
 CLIP_benchmark's layout (test/0.tar ..., test/nshards.txt, classnames.txt), captioned shards, or the
-built-in data's folder; for search and embed also a plain folder of photos. Features are of whole
+built-in data's folder; for search and embed also a plain folder of photos. Features are of unmasked
 images, in eval mode, with the model's own pooling.
 Rates lie in 0..1. Letters: n images, m texts, D width, E embedding, C classes, S pixels a side.
 """
@@ -52,7 +52,8 @@ BLOCK = 2**26  # entries of a score matrix that are held at once, however large 
 
 # --- Functions of features ------------------------------------------------------------------------
 def as_features(values, name):
-    """Array or tensor (n,D) -> float32 or float64 tensor; ValueError where it is not finite."""
+    """Array or tensor (n,D) -> float32 or float64 tensor; ValueError where it is not of that shape
+    or not finite."""
     features = mae_clip.at_least_float32(torch.as_tensor(values))
     if features.ndim != 2 or len(features) == 0 or not features.isfinite().all():
         raise ValueError(
@@ -154,12 +155,12 @@ def descend(features, labels, weight, l2, tolerance):
     Features of different scales, or correlated ones, would take many steps. So what is sought is
     not weight but weight @ L, where L L^T is the Hessian at the start (the mean of its classes'
     blocks): with unknowns weight @ L and features @ L^-T in place of the features the products are
-    the same, and the Hessian is nearly the identity.
+    the same, and the Hessian is nearer the identity.
     """
     probability = (features @ weight.T).softmax(dim=1)
     doubt = (probability * (1 - probability)).mean(dim=1, keepdim=True)
     hessian = (features.T @ (doubt * features)).double() / len(features)
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal()  # a view: hessian changes with it
     diagonal[:-1] += l2
     # Rounded, or with a feature that is constant, it may lack full rank, which Cholesky needs.
     diagonal *= 1 + 100 * torch.finfo(features.dtype).eps
@@ -397,7 +398,7 @@ def check_samples(dataset, split, read):
 
 def check_sets(sources, method, whole=False):
     """DataError where a set is missing, or a header (whole: an image), class or caption of it does
-    not fit; says which scores there will not be."""
+    not fit; says which images recall will leave out."""
     read = data.decode if whole else data.open_image
     for dataset in open_sets(sources):
         name = dataset.name
@@ -679,7 +680,7 @@ def misfit(task, model, dataset):
 
 def measure(model, tokenizer, datasets, tasks):
     """-> {(set, task, measure): Score} of what fits and succeeds. What fails costs itself alone
-    and a line; what does not fit is said of a single task alone."""
+    and a line; what does not fit is said where one task alone was asked for."""
     found = {}
     for dataset in datasets:
         encoded = cache(partial(encode_split, model, dataset))  # each split once
@@ -709,7 +710,7 @@ def first_fitting(model, datasets, tasks):
 
 def results_of(model, tokenizer, datasets, tasks):
     """-> {task: {measure: its value, or None where it is undefined; chance: {measure: its value};
-    images: {measure: how many it counts}; n: images of the test split}}. Of the sets that fit a
+    images: {measure: how many it counts}; n: images scored}}. Of the sets that fit a
     task, the second and all others have the title `task name-of-the-set`."""
     results = {}
     firsts = first_fitting(model, datasets, tasks)
@@ -867,7 +868,7 @@ def timed(function, repeats, device):
 
 def benchmark(config, steps=10):
     """Times training steps on one synthetic batch and, with config.data, the Loader alone and
-    the steps that it feeds -> {figure: number}. TFLOP/s: of a step, as three forward passes;
+    the steps that it feeds -> {figure: value}. TFLOP/s: of a step, as three forward passes;
     share: of a large matrix product's; compile s: what the first step takes longer than later
     ones."""
     device, autocast = mae_clip.pick_device(config)

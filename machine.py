@@ -44,7 +44,8 @@ def bf16_speedup(width):
 
 
 def keep_memory():
-    """Makes glibc keep freed memory, which the next step would have to fault in again."""
+    """Makes glibc keep freed memory, which the next step would have to fault in again; not blocks
+    above 32 MiB."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its maximum of 32 MiB
@@ -174,9 +175,9 @@ STARTER = os.getppid()  # torchrun, in a run of several processes
 
 @contextmanager
 def process_group():
-    """Inside `with`, the processes that torchrun started are one group. They end with it, also when
-    it is killed: those that train save before. DataError in place of the error by which this
-    process learns that another has failed."""
+    """Inside `with`, the processes that torchrun started are one group. They end with torchrun, on
+    Linux also when it is killed: those that train save before. DataError in place of the error by
+    which this process learns that another has failed."""
     if "WORLD_SIZE" in os.environ:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -224,7 +225,7 @@ def leave(code):
 
 
 def from_first(function, *arguments):
-    """What the function gives on rank 0, on all ranks; where it fails there, they all fail so."""
+    """What the function gives on rank 0, on all ranks; its OSError or ValueError, too."""
     box = [None]
     rank, world = ranks()
     if rank == 0:
@@ -298,9 +299,9 @@ def write_record(run, record):
 @contextmanager
 def whole_file(path, part):
     """Inside `with`, a new file, open for bytes, that takes its name when it is whole and on the
-    disk; until then it has the name `part`, and is gone if anything fails. OSError, which names
-    the file, where the disk is full. A link, such as /dev/stdout, is written through, and what is
-    no plain file, such as /dev/null, directly."""
+    disk; until then it has the name `part`, and is gone if writing fails: then OSError,
+    which names the file. A link, such as /dev/stdout, is written through, and what is no plain
+    file, such as /dev/null, directly."""
     path = Path(path)
     if not path.parent.is_dir():
         raise DataError(f"{path}: there is no such folder")

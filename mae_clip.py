@@ -79,13 +79,13 @@ class ModelConfig:
     text_depth: int = 1  # blocks of the text tower
     text_heads: int = 3  # attention heads of the text tower
     context: int = 16  # tokens a caption, SOT and EOT included
-    vocab_size: int = 512  # number of token ids; a tokenizer that is learned may have fewer
+    vocab_size: int = 512  # token ids to learn at most; a given tokenizer has its own number
     embed: int = 64  # width of the space that images and captions share
     decoder_width: int = 64  # of the decoder's tokens (MAE: 512)
     decoder_depth: int = 1  # blocks of the decoder (MAE: 8)
     decoder_heads: int = 2  # attention heads of the decoder (MAE: 16)
     mask_ratio: float = 0.75  # share of patches removed (MAE: 0.75)
-    text_mask_ratio: float = 0.75  # share removed of the tokens between SOT and EOT (M3AE)
+    text_mask_ratio: float = 0.75  # share removed of the tokens between SOT and EOT (M3AE: 0.75)
     contrastive_mask_ratio: float = 0.0  # share of patches removed in pass 1 (FLIP: 0.5)
     norm_pix: bool = True  # predict patches normalised by their own mean and variance (MAE)
     contrastive_weight: float = 1.0  # of the contrastive loss
@@ -215,14 +215,14 @@ def random_text_mask(noise, tokens, ratio):
     # Positions by their noise. SOT, EOT and padding get 2, above all noise, and so come last.
     by_noise = noise.masked_fill(~between, 2).argsort(dim=1)
     rank = by_noise.argsort(dim=1)  # (B,T): where in by_noise each position stands
-    # kept_of_length[n]: how many of n tokens stay. Counted in Python's floats, so float32 rounding
-    # plays no part.
+    # kept_of_length[n]: how many of n tokens stay, n from 0 to T - 2. Counted in Python's floats:
+    # float32 rounding plays no part.
     kept_of_length = [kept_count(length, ratio) for length in range(T - 1)]
     # Between SOT and an EOT at position `end` stand end - 1 tokens.
     kept = torch.tensor(kept_of_length, device=tokens.device)[end - 1]  # (B,1)
     mask = between & (rank >= kept)
-    # Of a full caption K positions stay (SOT and EOT among them) and T - K are removed. Of a short
-    # one at most so many: its padding fills the middle of removed_last(mask). So the first K there
+    # Of a full caption K positions stay (SOT and EOT among them) and T - K are removed. A short one
+    # has no more of either: padding fills the middle of removed_last(mask). So the first K there
     # hold all that stays, and the last T - K all that is removed.
     K = 2 + kept_of_length[-1]
     return removed_last(mask)[:, :K], mask
@@ -236,7 +236,7 @@ class Masked(NamedTuple):
     counts them.
     """
 
-    keep: torch.Tensor  # (B,K) positions that the encoder sees
+    keep: torch.Tensor  # (B,K) positions that the encoder gets
     removed: torch.Tensor  # (B,R) all others, R = N - K: to predict, or spare
     real: torch.Tensor  # (B,N) bool, False at padding; None for patches, which have none
     mask: torch.Tensor  # (B,N) bool, True where removed
@@ -383,7 +383,7 @@ def no_padding(tokens, position=None):
     is padding, that is after EOT."""
     if position is None:
         position = torch.arange(tokens.shape[1], device=tokens.device)
-    return position <= caption_end(tokens)  # that is (B,1)
+    return position <= caption_end(tokens)  # caption_end: (B,1)
 
 
 class TextEncoder(nn.Module):
@@ -410,8 +410,8 @@ class TextEncoder(nn.Module):
 
 
 class Modality(nn.Module):
-    """One modality's way into the decoder and out of it: at each position it predicts `values`
-    numbers."""
+    """One modality's way into the decoder and out of it: in each removed slot it predicts
+    `values` numbers."""
 
     def __init__(self, encoder_width, width, values, position):
         super().__init__()
@@ -422,7 +422,8 @@ class Modality(nn.Module):
         self.head = nn.Linear(width, values)
 
     def enter(self, encoded, masked):
-        """encoded (B,K,D) -> (B,N,width): each where it was kept, a mask token everywhere else."""
+        """encoded (B,K,D) -> (B,N,width): each in its place, mask tokens in all others, and
+        the positions added."""
         N = masked.mask.shape[1]
         kept = self.embed(encoded)
         # scatter needs one type: under autocast kept is in bfloat16.
@@ -562,8 +563,8 @@ def simclr_loss(a, b, temperature=0.1):
 # Why n GPUs give the loss and the gradient of one, if each has as many rows as the others.
 # Forward. Each rank computes a part of the loss from its own rows: features of images, captions or
 # views, or errors of removed positions. Where rows must find each other, it gathers those of all
-# ranks. of_all_ranks gathers the parts, and their mean (in masked_mean their sum over the count of
-# all) is the loss L of the whole batch: the same number on every rank.
+# ranks. of_all_ranks gathers the parts, and their mean (in masked_mean: all errors' sum over
+# all counts' sum) is the loss L of the whole batch: the same number on every rank.
 # Backward. p_r is rank r's copy of a parameter p; L depends on all copies, through the gathers.
 #     dL/dp = sum over r of dL/dp_r             the gradient of one GPU with all rows
 #     p_r.grad = d(L + ... + L)/dp_r = n dL/dp_r      since all n ranks call backward on L
@@ -581,8 +582,8 @@ def gather(x):
     """(B,...) -> (G,...): the rows of all ranks, in their order, with gradient."""
     if not dist.is_initialized():
         return x
-    # chunk(1)[0] changes nothing in the forward pass. Its backward pass makes the gradient
-    # contiguous in memory, as all_gather's own backward pass needs it before torch 2.13.
+    # chunk(1)[0] changes nothing in the forward pass. In the backward pass it makes the gradient
+    # contiguous in memory, which all_gather needs before torch 2.13.
     return all_gather(x, 0, dist.group.WORLD).chunk(1)[0]
 
 
@@ -623,8 +624,8 @@ def simclr_head(width):
 class MAECLIP(nn.Module):
     """The five methods over one set of parts.
 
-    A term of weight 0 is not computed, and a part that only such terms need is not built (but the
-    image encoder, which always is). Weights are drawn by name, and masks by the noise that is
+    A term of weight 0 is not computed, and a part that only such terms need is not built (the image
+    encoder always is). Weights are drawn by name, and masks by the noise that is
     passed in, so what is not built changes neither the weights nor the masks of the rest: mae_clip
     with both reconstruction weights 0 is clip, on a CPU bit for bit.
     """
@@ -695,7 +696,7 @@ class MAECLIP(nn.Module):
 
     def masked_pass(self, images, tokens, image_noise, text_noise):
         """Removes patches and tokens, encodes what is left, predicts the rest ->
-        image_masked, text_masked: Masked; None for a modality whose reconstruction has no weight;
+        image_masked, text_masked: Masked; None for a modality that is not reconstructed;
         encoded_image: (B,1+K,D), or None; pass 1 may use it, too;
         pixels, logits: as from Decoder. m3ae needs an image weight above 0: see Config below."""
         image_masked = text_masked = encoded_image = encoded_text = None
@@ -733,7 +734,7 @@ class MAECLIP(nn.Module):
         if image_masked is not None:
             removed = take(patchify(images, config.patch_size), image_masked.removed)  # (B,R,P*P*3)
             found["image_error"] = image_error(pixels, removed, config.norm_pix)  # (B,R)
-            # (B,R), as masked_mean asks; True, since patches leave no spare slots
+            # (B,R), all True: patches leave no spare slots
             found["image_counted"] = torch.ones_like(found["image_error"], dtype=torch.bool)
         if text_masked is not None:
             found["text_error"] = text_error(logits, tokens.gather(1, text_masked.removed))  # (B,R)
@@ -747,8 +748,8 @@ class MAECLIP(nn.Module):
                 # The same noise and ratio leave the same patches: pass 2 has encoded them already.
                 encoded = encoded_image
             else:
-                # Pass 2, where there is one, uses the same noise: so the pass that keeps fewer
-                # patches sees a part of the other's.
+                # Pass 2, where there is one, uses the same noise: so one pass's patches include the
+                # other's.
                 keep, _ = random_mask(image_noise, ratio)
                 encoded = self.image_encoder(images, keep)
             found["image_features"] = self.image_feature(encoded)  # (B,E)
@@ -923,7 +924,7 @@ class Config(ModelConfig):
     scenes: int = 40_000  # built-in data: training images
     data_seed: int = 0  # built-in data: its seed, which also fixes the pairs never trained on
     workers: int = 1  # processes that decode ahead
-    crop: float = 1.0  # random crops of at least this share (less if none fits); 1: centre crop
+    crop: float = 1.0  # random crops of at least this share (less where cut to fit); 1: centre crop
     steps: int = 450  # optimiser steps
     stop_after: int = 0  # save and stop after so many steps in all; 0: at --steps
     batch_size: int = 256  # pairs a step, over all processes
@@ -1346,9 +1347,9 @@ def fit(run, net, device, autocast):
     start = run.loader.position if run.loader.stream else run.step
     batches = run.loader.batches(start)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
-    # Steps since the last finite one. After one the weights themselves are in doubt: these are not
-    # saved, and a signal waits for a finite step, or for the tenth lost one. A last step alone may
-    # be lost.
+    # Steps since the last finite one. After one the weights themselves are in doubt: they are not
+    # saved on the way, and of several processes a signal waits for a finite step, or for the tenth
+    # lost one. At the end one lost step is forgiven, two are not.
     lost = 0
     # False in the middle of a step, until it is counted and logged: nothing is saved meanwhile.
     whole = True
@@ -1367,7 +1368,7 @@ def fit(run, net, device, autocast):
                     batch = next(batches)
                 waited += time.time() - fetching
                 # Before each step every rank learns whether a signal came to any, so that all stop
-                # at the same step, and how far the furthest is in its stream.
+                # at the same step, and the largest position in a stream.
                 own = torch.tensor([[signals.came, run.loader.position]], device=device)
                 stopped, run.position = gather(own).amax(dim=0).tolist()
                 if stopped and not lost:
