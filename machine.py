@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 import timeit
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -79,7 +80,7 @@ def pick_device(config):
 
 # --- Signals --------------------------------------------------------------------------------------
 class Interrupted(Exception):
-    """A signal came while a run waited for data."""
+    """A signal came between two steps, while a run waited for data or was being scored."""
 
 
 class Signals:
@@ -120,8 +121,8 @@ class Signals:
         self.hurry()
 
     def hurry(self):
-        """Ends the wait for data, if there is one. Several processes stop together, at the same
-        step, when their data have come: of these one ends alone only where this takes long."""
+        """Ends what is going on between two steps, if anything is. Several processes stop together,
+        before the same step: of these one ends alone only where this takes long."""
         if self.waiting and self.alone:
             raise Interrupted
         if self.waiting:
@@ -130,23 +131,30 @@ class Signals:
     def late(self, *_):
         """Five seconds after `hurry`."""
         if self.waiting:
-            print("no data have come since the signal; rank 0 saves", file=sys.stderr)
+            print("nothing went on for 5 s after the signal; rank 0 saves", file=sys.stderr)
             sys.exit(128 + self.came)
 
     @contextmanager
-    def interruptible(self):
-        """For the wait for data, which may be long: inside, a signal may end it (see `hurry`), and
-        the death of a worker raises DataError. Outside it is not noticed: PyTorch's own handler
-        would raise in the middle of a step."""
+    def heeded(self):
+        """For what may take long between two steps: inside, a signal may end it (see `hurry`)."""
         self.waiting = True
         try:
             if self.came:
                 self.hurry()
             yield
+        finally:
+            self.waiting = False
+
+    @contextmanager
+    def interruptible(self):
+        """`heeded`, for the wait for data: inside, the death of a worker raises DataError. Outside
+        it is not noticed: PyTorch's own handler would raise in the middle of a step."""
+        try:
+            with self.heeded():
+                yield
         except (RuntimeError, EOFError, ConnectionError) as error:
             raise DataError(f"a worker that loads data failed: {one_line(error)}") from None
         finally:
-            self.waiting = False
             if hasattr(signal, "SIGCHLD"):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
@@ -199,8 +207,7 @@ def process_group():
         if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
             raise
         raise DataError(
-            f"another process of this run has ended too early; it may say why "
-            f"({one_line(error):.90})"
+            "another process of this run has ended too early: see what it said last"
         ) from None
     if "WORLD_SIZE" in os.environ:
         end_group()
@@ -252,9 +259,19 @@ def agree(facts):
         for name, value in there.items():
             first = everywhere[0][name]
             if value != first:
-                raise DataError(
-                    f"rank {rank}: {name} {str(value):.60}, but on rank 0 {str(first):.60}"
-                )
+                raise DataError(f"rank {rank}: {difference(name, value, first)}")
+
+
+def difference(name, value, first):
+    """In words, where a value differs from rank 0's."""
+    # Of what holds equally many parts, the first part that differs, as far down as there are parts.
+    while isinstance(value, (dict, list)) and first and len(value) == len(first):
+        parts = value if isinstance(value, dict) else range(len(value))
+        part = next(part for part in parts if value[part] != first[part])
+        name, value, first = f"{name}[{part}]", value[part], first[part]
+    if isinstance(value, list) and isinstance(first, list):
+        return f"{name} has {len(value)} parts, but {len(first)} on rank 0"
+    return f"{name} is {str(value):.60}, but {str(first):.60} on rank 0"
 
 
 # --- Words ----------------------------------------------------------------------------------------
@@ -292,15 +309,27 @@ def write_record(run, record):
     if ranks()[0] == 0:
         line = json.dumps(record) + "\n"
         run.logged += line
-        with open(f"{run.config.out}/log.jsonl", "a") as file:
-            file.write(line)
+        path = Path(run.config.out, "log.jsonl")
+        try:
+            with open(path, "a") as file:
+                file.write(line)
+        except OSError as error:
+            raise unwritten(path, error) from None
+
+
+def unwritten(path, error):
+    """-> an OSError that says which file could not be written, and how full its disk is."""
+    while error.__context__:  # torch hides the cause behind one of its own
+        error = error.__context__
+    free = shutil.disk_usage(Path(path).parent).free >> 20
+    return OSError(f"{path}: could not be written, with {free} MiB free there ({one_line(error)})")
 
 
 @contextmanager
 def whole_file(path, part):
     """Inside `with`, a new file, open for bytes, that takes its name when it is whole and on the
-    disk; until then it has the name `part`, and is gone if writing fails: then OSError,
-    which names the file. A link, such as /dev/stdout, is written through, and what is no plain
+    disk; until then it has the name `part`. If anything fails it is gone; OSError, which names the
+    file, where writing does. A link, such as /dev/stdout, is written through, and what is no plain
     file, such as /dev/null, directly."""
     path = Path(path)
     if not path.parent.is_dir():
@@ -317,11 +346,9 @@ def whole_file(path, part):
             os.fsync(file.fileno())
         part.replace(path)
     except (OSError, RuntimeError) as error:
+        raise unwritten(path, error) from None
+    finally:
         part.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free >> 20
-        raise OSError(
-            f"{path}: could not be written, with {free} MiB free there ({one_line(error)})"
-        ) from None
 
 
 def save_whole(state, path):
@@ -329,6 +356,15 @@ def save_whole(state, path):
     # The next checkpoint takes the place of a part that was left behind.
     with whole_file(path, "checkpoint.part") as file:
         torch.save(state, file)
+
+
+def load_whole(path):
+    """What save_whole wrote, on the CPU; ValueError where a byte of it is another now."""
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()  # torch.load does not look at the checksums
+    if damaged:
+        raise ValueError(f"{damaged} in it is not as it was written")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def write_whole(path, content):
@@ -358,8 +394,9 @@ def usable(path):
                 f"{path}: holds no checkpoint-STEP.pt, as a run's folder does"
             ) from None
         raise DataError(
-            f"{path}: is no checkpoint that this version can use ({error!r:.90}); where it is a "
-            "run's newest and damaged, remove it: --resume goes on from the one before"
+            f"{path}: is no checkpoint that this version can use ({error!r:.90}). If another "
+            "version wrote it, use that one; if it is a run's newest and damaged, remove it: "
+            "--resume goes on from the one before"
         ) from None
 
 
@@ -387,7 +424,12 @@ def own_folder(folder):
 
     def take():
         path = Path(folder, ".lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"--out {folder}: is no folder, and none can be made ({one_line(error)})"
+            ) from None
         file = lock_file(path)
         if file is None:
             raise DataError(f"{folder}: is being trained in by {path.read_text().strip()}")

@@ -864,6 +864,7 @@ from machine import (
     checkpoints,
     from_first,
     leave,
+    load_whole,
     own_folder,
     pick_device,
     plain,
@@ -943,7 +944,7 @@ class Config(ModelConfig):
             if setting.type in (int, float):
                 low = LOWEST.get(setting.name, 1 if setting.type is int else 0)
                 if not low <= value < math.inf:
-                    raise ValueError(f"{given}: must be at least {low:g}, and finite")
+                    raise ValueError(f"{given}: must be a finite number, at least {low:g}")
                 if setting.name in SHARES and value > 1:
                     raise ValueError(f"{given}: must be at most 1")
         if self.image_size % self.patch_size:
@@ -963,7 +964,8 @@ class Config(ModelConfig):
         if terms <= {"text"}:  # nothing, or text alone, as in an m3ae without image loss
             raise ValueError(
                 f"--method {self.method}: nothing would be learned of images: their terms have "
-                f"weight 0, or --mask-ratio {self.mask_ratio} removes none of {patches} patches"
+                f"weight 0, or --mask-ratio {self.mask_ratio} removes none of {patches} patches "
+                f"(at --patch-size {self.patch_size})"
             )
 
 
@@ -1171,7 +1173,7 @@ def save_checkpoint(run):
 def read_checkpoint(path):
     """What save_checkpoint wrote, its config as Config; DataError where that cannot be."""
     with usable(path):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_whole(path)
         return state | {"config": Config(**state["config"])}
 
 
@@ -1351,7 +1353,7 @@ def fit(run, net, device, autocast):
     # saved on the way, and of several processes a signal waits for a finite step, or for the tenth
     # lost one. At the end one lost step is forgiven, two are not.
     lost = 0
-    # False in the middle of a step, until it is counted and logged: nothing is saved meanwhile.
+    # False in the middle of a step, until it is counted: nothing is saved meanwhile.
     whole = True
     # disable=None hides the bar where stderr is no terminal.
     bar = tqdm(
@@ -1383,6 +1385,7 @@ def fit(run, net, device, autocast):
                 if "contrastive" in config.weights():
                     run.model.logit_scale.data.clamp_(0, math.log(100))  # 1 to 100
                 run.step += 1
+                whole = True
                 bar.update()
                 if run.step % config.log_every == 0 or run.step == last:
                     seconds = time.time() - since
@@ -1391,10 +1394,12 @@ def fit(run, net, device, autocast):
                         bar.set_postfix_str(terms)
                         run.seconds += seconds
                         since, waited, rows = time.time(), 0.0, []
-                whole = True
                 if config.eval_every and run.step % config.eval_every == 0:
                     began = time.time()
-                    found = validation(run.model, run.loader.tokenizer, config, device, autocast)
+                    with signals.heeded():
+                        found = validation(
+                            run.model, run.loader.tokenizer, config, device, autocast
+                        )
                     write_record(run, {"step": run.step, "validation": found})
                     since += time.time() - began  # training has not gone on meanwhile
                 if lost == 10 or (lost > 1 and run.step == last):
@@ -1436,7 +1441,7 @@ def train_in_folder(config, device, autocast):
     check_sets(config.eval_data, config.method, config.eval_every > 0)
     settings = {flag(name): value for name, value in plain(config).items() if name not in RANKS_OWN}
     merges = loader.tokenizer and loader.tokenizer.merges
-    agree(settings | {"data": loader.identity, "tokenizer": merges, "bf16": autocast._enabled})
+    agree({"data": loader.identity, "tokenizer": merges, "bf16": autocast._enabled} | settings)
     torch.manual_seed(config.seed)
     model = MAECLIP(config).to(device)
     run = Run(config, model, make_optimizers(model, config), loader)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 from data import DataError, one_line
+from machine import whole_file
 
 
 # --- Lines and words ------------------------------------------------------------------------------
@@ -75,7 +76,14 @@ class Drawing:
                 draw.polygon(places, (red, green, blue, round(255 * more)))
             else:
                 draw.text(places[0], value, "black", font, anchors[more])
-        sheet.reduce(2).save(path)
+        save_picture(sheet.reduce(2), path)
+
+
+def save_picture(picture, path):
+    """Writes a Pillow image, whole or not at all."""
+    path = Path(path)
+    with whole_file(path, f"{path.stem}.part{path.suffix}") as file:
+        picture.save(file)
 
 
 def ticks(low, high):
@@ -163,7 +171,7 @@ def draw_reconstructions(config, tokenizer, found, path):
         note = "prediction alone: at the mean and contrast of the visible patches\n"
         note += "reconstruction: at each removed patch's true ones, which are not predicted"
         draw.text((8, 36 + rows * step), note, "dimgrey", font)
-    sheet.save(path)
+    save_picture(sheet, path)
 
 
 # --- Search ---------------------------------------------------------------------------------------
@@ -182,7 +190,7 @@ def draw_page(title, images, path, side=200):
         sheet.paste(ImageOps.contain(image.convert("RGB"), (side, side)), (x, y))
         text = text.encode("ascii", "backslashreplace").decode()
         draw.text((x, y + side + 2), text[:30], "black", font)
-    sheet.save(path)
+    save_picture(sheet, path)
 
 
 # --- Curves ---------------------------------------------------------------------------------------

@@ -4564,6 +4564,34 @@ def test_a_signal_in_the_last_step_does_not_cost_the_scores(tmp_path, monkeypatc
     assert (tmp_path / "run" / "results.json").exists()
 
 
+def test_a_signal_while_the_run_is_scored_saves_the_steps_made_and_ends_the_scoring(
+    tmp_path, monkeypatch
+):
+    def scoring(*_):
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("the scoring goes on")
+
+    monkeypatch.setattr(validation, "validation", scoring)
+    flags = [*TINY, "--method", "clip", "--steps", 4, "--out", tmp_path / "run"]
+    done = run(*flags, "--eval-every", 3, code=143)
+    assert "saved: checkpoint-3.pt" in done.stdout
+    monkeypatch.undo()
+    run(*flags, "--eval-every", 3, "--resume")
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_log_that_cannot_be_written_is_named_and_the_steps_made_are_saved(tmp_path, monkeypatch):
+    def full(run, record):
+        raise machine.unwritten(Path(run.config.out, "log.jsonl"), OSError(28, "No space left"))
+
+    monkeypatch.setattr(mae_clip, "write_record", full)
+    flags = [*TINY, "--method", "clip", "--steps", 4, "--log-every", 3, "--out", tmp_path / "run"]
+    said = said_in_one_line(run(*flags, code=2))
+    assert f"{tmp_path}/run/log.jsonl: could not be written, with " in said
+    assert "No space left" in said
+    assert (tmp_path / "run" / "checkpoint-3.pt").exists()
+
+
 @pytest.fixture(scope="module")
 def stopped_run(tmp_path_factory, cache):
     """The flags of a run of six steps, and its folder, where it was stopped after four."""
@@ -5918,6 +5946,47 @@ def test_a_checkpoint_that_lacks_something_is_refused_in_one_line(tmp_path, cach
             mae_clip.load(path)
 
 
+def test_a_checkpoint_of_which_one_byte_has_changed_is_not_used(stopped):
+    flags, out = stopped
+    newest = out / "checkpoint-4.pt"
+    content = bytearray(newest.read_bytes())
+    weights = torch.load(newest, weights_only=True)["model"]["image_encoder.cls_token"]
+    content[content.index(weights.numpy().tobytes())] ^= 1
+    newest.write_bytes(content)
+    said = said_in_one_line(run(*flags, "--resume", code=2))
+    assert f"{newest}: is no checkpoint that this version can use" in said
+    assert "not as it was written" in said
+    newest.unlink()
+    run(*flags, "--resume")
+
+
+@pytest.mark.parametrize(
+    "value, first, said",
+    [
+        ({"a": 1, "b": 2}, {"a": 1, "b": 3}, "x[b] is 2, but 3 on rank 0"),
+        ({"a": [1, 2]}, {"a": [1, 5]}, "x[a][1] is 2, but 5 on rank 0"),
+        ({"a": [1, 2]}, {"a": [1]}, "x[a] has 2 parts, but 1 on rank 0"),
+        ({"a": 1}, {"a": 1, "b": 3}, "x is {'a': 1}, but {'a': 1, 'b': 3} on rank 0"),
+        ([["t", "h"]], [["t", "o"]], "x[0][1] is h, but o on rank 0"),
+        ([1], None, "x is [1], but None on rank 0"),
+        (None, [1], "x is None, but [1] on rank 0"),
+    ],
+)
+def test_what_differs_between_ranks_is_named_down_to_the_part(value, first, said):
+    assert machine.difference("x", value, first) == said
+
+
+def test_the_cause_of_a_failed_write_is_the_systems_not_torchs(tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match=r"could not be written.*File too large"):
+        with machine.whole_file(path, "part"):
+            try:
+                raise OSError(27, "File too large")
+            except OSError:
+                raise RuntimeError("unexpected pos 64 vs 0") from None
+    assert not any(tmp_path.iterdir())
+
+
 def test_files_beside_a_runs_checkpoints_are_not_taken_for_such(tmp_path):
     for name in ("checkpoint-3.pt", "checkpoint-20.pt", "checkpoint-best.pt", "checkpoint-20 x.pt"):
         (tmp_path / name).touch()
@@ -6016,8 +6085,8 @@ def test_ranks_that_differ_stop_with_the_rank_and_the_thing_and_validate_as_one(
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for rank in found:
         assert rank["said"] == [
-            "rank 1: --lr 0.2, but on rank 0 0.1",
-            "rank 1: data [1], but on rank 0 [0]",
+            "rank 1: --lr is 0.2, but 0.1 on rank 0",
+            "rank 1: data[0] is 1, but 0 on rank 0",
         ]
         assert rank["value"] == 0
     model = tiny("mae_clip", vocab_size=259)
