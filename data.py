@@ -15,7 +15,7 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from collections import Counter, defaultdict, namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ def be_quiet(worker):
 def workers_of(loader):
     """What a torch DataLoader yields. Its workers end with the `with`, also busy ones: torch alone
     would wait five seconds for each."""
+    # A folder for sockets, which they share and this process removes: of its own each would leave
+    # one behind.
+    multiprocessing.util.get_temp_dir()
     others = set(multiprocessing.active_children())
     results = iter(loader)
     workers = set(multiprocessing.active_children()) - others
@@ -151,7 +155,7 @@ def expand(source):
     for part in parts_of(source) if isinstance(source, str) else source:
         found = []
         folder = os.path.dirname(part)
-        named = len(folder) if os.path.isdir(folder) else 0  # braces in a folder's name
+        named = len(folder) if os.path.isdir(folder) else 0  # what is no pattern in it
         numbers = re.compile(r"\{(\d+)\.\.(\d+)\}").search(part, named)
         if os.path.isfile(part):
             found = [part]
@@ -171,7 +175,7 @@ def expand(source):
         elif part.startswith("pipe:"):
             found = [part]
         else:
-            found = sorted(glob.glob(part))
+            found = sorted(glob.glob(glob.escape(part[:named]) + part[named:]))
         if not found:
             # What follows a `pipe:` that is not understood may be secret, too.
             name = re.sub(r"(?i)(pipe\s*:).*", r"\1...", part) or "empty"
@@ -341,11 +345,16 @@ def whole_samples(source, labelled=False):
         key = sample["__key__"]
         image = image_of(sample)
         label = sample.get("cls", b"").strip()
-        if not image or (labelled and not label.isdigit()):
+        if not image:
             fields = {name: len(sample[name]) for name in list(sample)[1:]}
             raise DataError(
-                f"{public(source)}: {key}: in a test set each sample needs an image, in a labelled "
-                f"one a class index in KEY.cls, too; found the fields (with their bytes) {fields}"
+                f"{public(source)}: {key}: in a test set each sample needs an image; found the "
+                f"fields (with their bytes) {fields}"
+            )
+        if labelled and not label.isdigit():
+            raise DataError(
+                f"{public(source)}: {key}: in a labelled set each sample needs a class index, 0 or "
+                f"more, in KEY.cls; found {label!r:.40}"
             )
         yield key, image, int(label) if labelled else captions(sample)
 
@@ -361,6 +370,7 @@ def split_shards(folder, split):
 
 # --- Images ---------------------------------------------------------------------------------------
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+warnings.filterwarnings("ignore", module="PIL")  # what is amiss with an image is said here
 
 
 def open_image(data):
@@ -861,7 +871,7 @@ class Loader:
         """What there is, in lines of a label and words."""
         shards = len(self.reader.shards)
         if self.stream:
-            return f"data        {shards} streamed shards"
+            return f"data        {shards} streamed shards, which are checked as they are read"
         image = open_image(self.reader.sample(0)["jpg"])
         lines = [
             f"data        {len(self.reader.chosen):,} samples in {shards} shards, {len(self):,} "
@@ -891,7 +901,8 @@ class Loader:
     def report(self):
         """What was skipped, in one line."""
         causes = [f"{number} x {cause}" for cause, number in self.bad.most_common()]
-        return f"skipped: {', '.join(causes) or 'nothing'}"
+        where = " in the shards read to their end" if self.stream else ""
+        return f"skipped{where}: {', '.join(causes) or 'nothing'}"
 
     def texts(self):
         """Yields captions for the tokenizer: of local shards those of 200,000 samples at even

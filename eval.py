@@ -390,7 +390,9 @@ def check_samples(dataset, split, read):
         name = f"{dataset.name}: {key}"
         named(read, name, content)
         if dataset.classes and target >= len(dataset.classes):
-            raise DataError(f"{name}: class {target} (from 0) of {len(dataset.classes)}")
+            raise DataError(
+                f"{name}: its class is {target}, but there are 0 to {len(dataset.classes) - 1}"
+            )
         count += 1
         bare += target == []
     return count, bare
@@ -1009,8 +1011,10 @@ def run(argv):
             raise DataError("--labels are of a photo; --data has labels of its own: give one")
         return classify_photo(args.paths, args.labels, args.format, device)
     if not args.data:
-        raise DataError(f"{args.command} needs --data (for one photo: zero-shot with --labels)")
+        raise DataError(f"{args.command} needs --data; for one photo: zero-shot with --labels")
     datasets = open_sets(args.data, structured=args.command == "suite")
+    if vars(args).get("out"):  # reconstruct alone has it
+        pictures.check_name(args.out)
     tasks, _ = COMMANDS[args.command]
     rows = suite(args.paths, datasets, tasks, device, args.untrained)
     if not rows:

@@ -12,7 +12,7 @@ import sys
 import time
 import timeit
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
@@ -67,7 +67,9 @@ def pick_device(config):
         there.cpu()  # raises where there is no such device, or none that computes
         device = there.device
     except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {name}: not to be had here ({one_line(error)})") from None
+        raise DataError(
+            f"--device {name}: not to be had here, as cpu is ({one_line(error):.90})"
+        ) from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     bf16 = config.precision == "bf16"
@@ -163,7 +165,8 @@ class Signals:
 def say_last(line):
     """The line that a program ends with, on stderr. torchrun prints a report after it, in which the
     line then stands, too."""
-    print(line, file=sys.stderr)
+    with suppress(OSError):  # of a terminal that was closed
+        print(line, file=sys.stderr)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:  # of this form; the time decides which rank's line comes last, as the first failure
         about = {"timestamp": str(int(time.time())), "py_callstack": line}

@@ -1477,7 +1477,7 @@ def finish(run):
     print(run.loader.report())
     if run.step < config.steps:
         saved = ", ".join(path.name for path in checkpoints(config.out)[:1]) or "nothing"
-        print(f"stopped at step {run.step:,}, saved: {saved}; to go on add --resume to the command")
+        print(f"stopped at step {run.step:,}, saved: {saved}; --resume goes on")
         return
     print(f"trained and saved in {config.out}; now scoring (if interrupted, --resume does it)")
     record = {"seconds": run.seconds, "steps": run.step, "config": plain(config)}

@@ -43,7 +43,7 @@ def columns_of(row):
 
 def is_photo(source, cell):
     """Is a cell of a table the path of a file."""
-    return (source.parent / cell.strip(' "').replace("\0", "")).is_file()
+    return os.path.isfile(source.parent / cell.strip(' "'))  # False, too, of what can be no name
 
 
 def has_header(source, row):
@@ -89,8 +89,8 @@ def rows_of(source):
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{source} line {line}: is not in UTF-8; what is packed is a csv or tsv in UTF-8, or a "
-            "folder of photos (shards are packed already; save parquet as csv)"
+            f"{source} line {line}: is not in UTF-8: save it so (in Excel as CSV UTF-8). What is "
+            "packed is a csv or tsv, or a folder of photos (shards are packed already)"
         ) from None
     tsv = source.suffix.lower() == ".tsv"
     delimiter = "\t" if tsv else delimiter_of(source, text.lstrip().split("\n")[0])
@@ -142,7 +142,7 @@ def read_table(source):
         for n in texts:
             fields["txt"] += " ".join(cells.get(n, "").split()) + "\n"
     photos = list(photos.values())
-    if not any(path.is_file() for path, _, _ in photos[:1000]):
+    if not any(os.path.isfile(path) for path, _, _ in photos[:1000]):
         raise DataError(
             f"{source}: none of its first paths is a file, such as {photos[0][0]}; a path counts "
             "from the folder of the table, which is a csv or tsv"
@@ -171,6 +171,21 @@ def paths_below(folder):
     return sorted(found)
 
 
+def endings(files):
+    """How many files there are of each ending, in words."""
+    counts = Counter(file.suffix.lower() or "without ending" for file in files)
+    return printable(", ".join(f"{counts[each]} x {each}" for each in sorted(counts))) or "nothing"
+
+
+def say_others(files):
+    """Says what lies in a folder and is not packed."""
+    if files:
+        print(
+            f"passed over (beside the class folders, or a link to another, or none of "
+            f"{', '.join(IMAGE_FIELDS)}: convert these to JPEG): {endings(files)}"
+        )
+
+
 def read_folder(folder):
     """A folder of class folders, or else of photos -> (path, fields, name for messages) of photos,
     names of the classes. What lies in folders whose names begin with a dot is not seen."""
@@ -184,8 +199,8 @@ def read_folder(folder):
     images = sorted(once.values())
     if not images:
         raise DataError(
-            f"{folder}: no file in it, nor in its folders, ends in {IMAGE_FIELDS}; shards (.tar) "
-            "are packed already"
+            f"{folder}: no file in it, nor in its folders, ends in {IMAGE_FIELDS}; found "
+            f"{endings(files)}. Convert other images to JPEG; shards (.tar) are packed already"
         )
     beside = set(files)
     told = [file for file in images if file.with_suffix(".txt") in beside]
@@ -200,6 +215,8 @@ def read_folder(folder):
             # By the rule of shards, which img2dataset writes of the same files.
             fields = {"txt": "\n".join(captions(sample))}
             photos.append((folder / file, fields, folder / file))
+        beside = {file.with_suffix(ending) for file in images for ending in (".txt", ".json")}
+        say_others(set(files).difference(images, beside))
         return photos, []
     inside = [file for file in images if len(file.parts) > 1]
     classes = sorted({file.parts[0] for file in inside})
@@ -228,12 +245,7 @@ def read_folder(folder):
     empty = sorted(folders.difference(classes))
     if empty:
         print(f"passed over: folders without photos {empty}")
-    others = dict(Counter(file.suffix for file in sorted(set(files).difference(used))))
-    if others:
-        print(
-            f"passed over: files that lie beside the class folders, link to another or do not end "
-            f"in {', '.join(IMAGE_FIELDS)}: {others}"
-        )
+    say_others(set(files).difference(used))
     return photos, classes
 
 

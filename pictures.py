@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
-from data import DataError, one_line
+from data import DataError, one_line, printable
 from machine import whole_file
 
 
@@ -77,6 +77,14 @@ class Drawing:
             else:
                 draw.text(places[0], value, "black", font, anchors[more])
         save_picture(sheet.reduce(2), path)
+
+
+def check_name(path):
+    """DataError, before anything is computed, where a picture cannot have that path."""
+    if not Path(path).parent.is_dir():
+        raise DataError(f"--out {path}: there is no such folder")
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise DataError(f"--out {path}: is no name of a picture, such as page.png")
 
 
 def save_picture(picture, path):
@@ -188,7 +196,7 @@ def draw_page(title, images, path, side=200):
         row, column = divmod(number, 4)
         x, y = 12 + column * step, 36 + row * (step + 18)
         sheet.paste(ImageOps.contain(image.convert("RGB"), (side, side)), (x, y))
-        text = text.encode("ascii", "backslashreplace").decode()
+        text = printable(text).encode("ascii", "backslashreplace").decode()
         draw.text((x, y + side + 2), text[:30], "black", font)
     save_picture(sheet, path)
 

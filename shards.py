@@ -126,7 +126,10 @@ def inspect(source):
             loader = Loader(source, 1, 1, None, 3, captions=False)
         except DataError:
             raise error from None
-        print("most samples have no caption: they train --method mae alone, or are a labelled set")
+        print(
+            "most samples have no caption: they train --method mae alone, or are a labelled set, "
+            "or KEY.jpg and KEY.txt do not stand next to each other"
+        )
     print(loader.about())
     print(loader.report())
     for sample in first:

@@ -3321,6 +3321,31 @@ def test_pack_takes_quoted_cells_where_all_quotes_of_a_table_close(tmp_path, nam
     assert found == ['a "red" dog', second]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_pack_reads_a_table_whose_lines_are_longer_than_a_files_name_may_be(tmp_path, end):
+    photos_in(tmp_path, ["0.jpg", "1.jpg"])
+    captions = [f"{'word ' * 100}{n}" for n in range(2)]
+    rows = [f"{'long ' * 100}.jpg,x", *(f"{n}.jpg,{captions[n]}" for n in range(2))]
+    (tmp_path / "t.csv").write_bytes(end.join(rows[1:] + rows[:1]).encode())
+    code, said, err = command("pack", tmp_path / "t.csv", tmp_path / "out")
+    assert code == 0 and "1 left out" in said and "File name too long" in err
+    assert sorted(data.captions(sample)[0] for sample in packed(tmp_path / "out")) == captions
+    (tmp_path / "late.csv").write_bytes(end.join(rows).encode())
+    assert command("pack", tmp_path / "late.csv", tmp_path / "late")[0] == 0
+    assert len(packed(tmp_path / "late")) == 2
+
+
+def test_what_is_no_table_in_utf8_and_a_folder_without_photos_are_told_the_remedy(tmp_path):
+    (tmp_path / "wide.csv").write_bytes("path,caption\n0.jpg,a dog\n".encode("utf-16"))
+    code, _, err = command("pack", tmp_path / "wide.csv", tmp_path / "out")
+    assert code == 2 and "is not in UTF-8: save it so" in err
+    (tmp_path / "in").mkdir()
+    for name in ("0.heic", "1.HEIC", "2.tif", "none"):
+        (tmp_path / "in" / name).touch()
+    code, _, err = command("pack", tmp_path / "in", tmp_path / "out")
+    assert code == 2 and "found 2 x .heic, 1 x .tif, 1 x without ending. Convert" in err
+
+
 def test_pack_does_not_join_lines_by_quotes_where_tabs_part_the_cells(tmp_path):
     photos_in(tmp_path, ["0.jpg", "1.jpg"])
     (tmp_path / "t.tsv").write_text('0.jpg\t"Stop\n1.jpg\tgo"\n')
@@ -3338,6 +3363,10 @@ def test_pack_takes_the_texts_that_most_photos_have_beside_them(tmp_path):
     (tmp_path / "in" / "00000" / "0.json").write_text(json.dumps({"caption": "dog\n0"}))
     code, said, _ = command("pack", tmp_path / "in", tmp_path / "out")
     assert code == 0 and "4 photos have NAME.txt" in said and "these 1 without caption" in said
+    assert "passed over" not in said
+    (tmp_path / "in" / "00000" / "9.HEIC").write_bytes(b"no image that is read")
+    (tmp_path / "in" / "00000" / "alone.txt").write_text("a caption without photo")
+    assert ": 1 x .heic, 1 x .txt\n" in command("pack", tmp_path / "in", tmp_path / "again")[1]
     assert not (tmp_path / "out" / "classnames.txt").exists()
     for sample in packed(tmp_path / "out"):
         assert data.captions(sample) == [f"dog {origin(sample).stem}"]
@@ -3372,7 +3401,7 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
     (photos / "empty").mkdir()
     out = tmp_path / "out"
     code, said, err = command("pack", photos, out, "--test", 0.3)
-    assert code == 0 and "do not end in jpg, jpeg, png, webp: {'.heic': 1, '.png': 2}" in said
+    assert code == 0 and "convert these to JPEG): 1 x .heic, 2 x .png\n" in said
     assert "folders without photos ['empty']" in said and "2 left out" in said
     assert "broken.png: image header" in err and "No such file" in err
     wanted = f"--data {out} --out {out}-run --eval-data {out} --batch-size 15"
@@ -3872,6 +3901,7 @@ def test_sets_that_cannot_be_scored_are_refused_when_they_are_opened(tmp_path):
     captioned_shard(loose / "0.tar")
     (dataset,) = evaluation.open_sets(str(loose))
     assert len(list(dataset.samples("test"))) == 12
+    assert data.expand(f"{loose}/*.tar") == [f"{loose}/0.tar"]
     captioned_shard(loose / "train-0.tar")
     refused(loose, "or name its shards")
     refused(tmp_path / "nowhere", "nowhere: no such shard")
@@ -3882,19 +3912,23 @@ def test_sets_that_cannot_be_scored_are_refused_when_they_are_opened(tmp_path):
     refused(folder, "template 'a'")
     (folder / "classnames.txt").write_text("a")
     refused(folder, "needs 2 lines in classnames.txt")
+    for label in (b"dog", b"-1"):
+        tar_of(tmp_path / "odd.tar", [("0.jpg", picture()), ("0.cls", label)])
+        with pytest.raises(DataError, match=f"class index, 0 or more, in KEY.cls; found {label!r}"):
+            list(data.whole_samples(str(tmp_path / "odd.tar"), labelled=True))
 
 
 def test_sets_whose_headers_or_classes_do_not_fit_are_refused_before_training(tmp_path, capsys):
     folder = labelled_folder(tmp_path / "set", 9, "abc")
     evaluation.check_sets(f"{folder}::{captioned_shard(tmp_path / 'dev.tar')}", "clip")
     (folder / "classnames.txt").write_text("a\nb")
-    found = r"set: 002: class 2 \(from 0\) of 2"
+    found = "set: 002: its class is 2, but there are 0 to 1"
     with pytest.raises(ValueError, match=found):
         evaluation.check_sets(str(folder), "clip")
     (folder / "classnames.txt").write_text("a\nb\nc")
     labelled_folder(folder, 9, "abcd", "train")
     (folder / "classnames.txt").write_text("a\nb\nc")
-    with pytest.raises(ValueError, match=r"set: 003: class 3 \(from 0\) of 3"):
+    with pytest.raises(ValueError, match="set: 003: its class is 3, but there are 0 to 2"):
         evaluation.check_sets(str(folder), "clip")
     (folder / "train" / "nshards.txt").unlink()
     with pytest.raises(ValueError, match="nshards.txt: says 'no such file'"):
@@ -4214,6 +4248,16 @@ def test_reconstruct_draws_into_the_runs_folder_and_says_so(trained, tmp_path, c
             ["reconstruct", str(path.parent), "--data", str(shard), "--out", str(nowhere)]
         )
     assert end.value.code == 2 and str(nowhere) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, says", [("x.xyz", "no name of a picture"), ("no/x.png", "folder")])
+def test_reconstruct_refuses_a_name_before_it_computes(trained, tmp_path, capsys, name, says):
+    shard = captioned_shard(tmp_path / "dev.tar")
+    words = ["reconstruct", trained["mae_clip"], "--data", shard, "--out", tmp_path / name]
+    with mock.patch.object(evaluation, "suite", side_effect=AssertionError("it computes")):
+        with pytest.raises(SystemExit) as end:
+            evaluation.main([str(word) for word in words])
+    assert end.value.code == 2 and says in capsys.readouterr().err
 
 
 # --- Evaluation: benchmark ------------------------------------------------------------------------
@@ -4578,6 +4622,36 @@ def test_a_signal_while_the_run_is_scored_saves_the_steps_made_and_ends_the_scor
     monkeypatch.undo()
     run(*flags, "--eval-every", 3, "--resume")
     assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_closed_terminal_or_pipe_does_not_cost_the_steps_that_were_made(tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(mae_clip.tqdm, "write", closed)
+    flags = [*TINY, "--method", "clip", "--steps", 4, "--log-every", 3, "--out", tmp_path / "run"]
+    assert "Broken pipe" in said_in_one_line(run(*flags, code=2))
+    assert (tmp_path / "run" / "checkpoint-3.pt").exists()
+    monkeypatch.undo()
+    run(*flags, "--resume")
+    assert [line["step"] for line in logged(tmp_path / "run")] == [3, 4]
+
+
+def test_a_program_whose_terminal_was_closed_ends_without_a_traceback(monkeypatch):
+    gone = mock.Mock()
+    gone.write.side_effect = OSError(5, "Input/output error")
+    monkeypatch.setattr(sys, "stderr", gone)
+    machine.say_last("a line")
+    assert gone.write.called
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no sockets of files")
+def test_a_run_leaves_nothing_in_the_folder_for_temporary_files(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    flags = [*TINY, "--method", "clip", "--steps", 3, "--workers", 2, "--out", tmp_path / "run"]
+    assert python(mae_clip.__file__, *flags).returncode == 0
+    assert not list((tmp_path / "temporary").glob("pymp-*"))
 
 
 def test_a_log_that_cannot_be_written_is_named_and_the_steps_made_are_saved(tmp_path, monkeypatch):

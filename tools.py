@@ -20,12 +20,12 @@ import mae_clip  # before torch, as it tells torch's threads how to wait
 # isort: split
 import numpy as np
 import torch
-from PIL import Image
 
 import data
 import pictures
 from data import DataError
 from eval import (
+    ELSEWHERE,
     EvalSet,
     encode_split,
     encode_texts,
@@ -39,6 +39,7 @@ from eval import (
 )
 from eval import benchmark as time_steps
 from machine import whole_file, write_whole
+from pack import paths_below
 from weights import export_tower
 
 
@@ -49,9 +50,9 @@ class Photos(EvalSet):
 
     def samples(self, split):
         """-> iterator of (path, image bytes, no caption)."""
-        for path in sorted(Path(self.source).rglob("*")):
-            image = path.suffix[1:].lower() in data.IMAGE_FIELDS
-            if image and path.is_file() and not path.name.startswith("._"):
+        for path in paths_below(Path(self.source)):  # as pack sees it
+            path = Path(self.source, path)
+            if path.suffix[1:].lower() in data.IMAGE_FIELDS and path.is_file():
                 content = path.read_bytes()
                 try:
                     data.decode(content)
@@ -94,7 +95,7 @@ def check_folder(out):
 def parse(command, flags, positional, out, sets=True):
     """The values of a command's flags; positional: its names; out: what --out is when not given;
     sets: does it read --data."""
-    parser = new_parser(f"eval.py {command}", __doc__)
+    parser = new_parser(f"eval.py {command}", ELSEWHERE[command][2])
     for name in positional:
         parser.add_argument(
             name.lower(), metavar=name, nargs="+" if name == "RUN" else None, help=POSITIONAL[name]
@@ -155,8 +156,7 @@ def embed(flags):
 def search(flags, count=12):
     """Shows the images of largest cosine with a sentence, as a table and a picture."""
     args = parse("search", flags, ["CHECKPOINT", "SENTENCE"], "search.png")
-    if Path(args.out).suffix.lower() not in Image.registered_extensions():
-        raise DataError(f"--out {args.out}: is no name of a picture, such as page.png")
+    pictures.check_name(args.out)
     model, tokenizer = load(args)
     text = encode_texts(model, tokenizer, [args.sentence])[0]
     found = []  # (cosine, key, image bytes) of the best so far
@@ -192,7 +192,7 @@ def curves(flags):
 
 def benchmark(flags):
     """Times training steps -> a table of figures, which are written to --out, too."""
-    parser = new_parser("eval.py benchmark", __doc__)
+    parser = new_parser("eval.py benchmark", ELSEWHERE["benchmark"][2])
     parser.add_argument("--out", default="benchmark.json", help="figures (default: %(default)s)")
     args, flags = parser.parse_known_args(flags)
     check_folder(args.out)
