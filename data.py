@@ -82,13 +82,19 @@ def be_quiet(worker):
         os.nice(19)
 
 
+def share_folder():
+    """Makes the folder for the sockets by which workers send tensors. This process removes it when
+    it ends regularly; a folder that a worker made would stay. DataError where a socket's path would
+    be too long: then no batch would ever come."""
+    folder = multiprocessing.util.get_temp_dir()
+    if len(folder) > 85:  # of at most 104 with the socket's name
+        raise DataError(f"TMPDIR: {folder} is too long a path for sockets; export TMPDIR=/tmp")
+
+
 @contextmanager
 def workers_of(loader):
     """What a torch DataLoader yields. Its workers end with the `with`, also busy ones: torch alone
     would wait five seconds for each."""
-    # A folder for sockets, which they share and this process removes: of its own each would leave
-    # one behind.
-    multiprocessing.util.get_temp_dir()
     others = set(multiprocessing.active_children())
     results = iter(loader)
     workers = set(multiprocessing.active_children()) - others
@@ -370,7 +376,7 @@ def split_shards(folder, split):
 
 # --- Images ---------------------------------------------------------------------------------------
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-warnings.filterwarnings("ignore", module="PIL")  # what is amiss with an image is said here
+warnings.filterwarnings("ignore", module="PIL")  # of images that decode all the same
 
 
 def open_image(data):
@@ -901,7 +907,7 @@ class Loader:
     def report(self):
         """What was skipped, in one line."""
         causes = [f"{number} x {cause}" for cause, number in self.bad.most_common()]
-        where = " in the shards read to their end" if self.stream else ""
+        where = " (a shard's faults count at its end)" if self.stream else ""
         return f"skipped{where}: {', '.join(causes) or 'nothing'}"
 
     def texts(self):
@@ -960,6 +966,8 @@ class Loader:
     def batches(self, start, stop=sys.maxsize):
         """Yields the Batches of steps start ... stop - 1, which count on from epoch to epoch; of a
         stream those of its shards start ... stop - 1."""
+        if self.workers:
+            share_folder()
         loader = DataLoader(
             Work(self, range(start, stop)),
             batch_size=None,

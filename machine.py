@@ -81,8 +81,9 @@ def pick_device(config):
 
 
 # --- Signals --------------------------------------------------------------------------------------
-class Interrupted(Exception):
-    """A signal came between two steps, while a run waited for data or was being scored."""
+class Interrupted(BaseException):
+    """A signal came between two steps, while a run waited for data or was being scored. Not an
+    Exception: where an image is decoded, that would mean that it is damaged."""
 
 
 class Signals:
@@ -133,7 +134,7 @@ class Signals:
     def late(self, *_):
         """Five seconds after `hurry`."""
         if self.waiting:
-            print("nothing went on for 5 s after the signal; rank 0 saves", file=sys.stderr)
+            print("still waiting or scoring 5 s after the signal; rank 0 saves", file=sys.stderr)
             sys.exit(128 + self.came)
 
     @contextmanager
@@ -146,6 +147,8 @@ class Signals:
             yield
         finally:
             self.waiting = False
+            if hasattr(signal, "alarm"):
+                signal.alarm(0)  # the next wait sets it anew
 
     @contextmanager
     def interruptible(self):
@@ -267,13 +270,17 @@ def agree(facts):
 
 def difference(name, value, first):
     """In words, where a value differs from rank 0's."""
-    # Of what holds equally many parts, the first part that differs, as far down as there are parts.
-    while isinstance(value, (dict, list)) and first and len(value) == len(first):
-        parts = value if isinstance(value, dict) else range(len(value))
-        part = next(part for part in parts if value[part] != first[part])
-        name, value, first = f"{name}[{part}]", value[part], first[part]
-    if isinstance(value, list) and isinstance(first, list):
-        return f"{name} has {len(value)} parts, but {len(first)} on rank 0"
+    # The first part that differs, as far down as there are parts.
+    while isinstance(value, (dict, list)) and type(value) is type(first):
+        if len(value) != len(first):
+            return f"{name} has {len(value)} parts, but {len(first)} on rank 0"
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+            first = dict(enumerate(first))
+        part = next(part for part in value if value[part] != first.get(part))
+        name = f"{name}[{part}]"
+        value = value[part]
+        first = first.get(part)
     return f"{name} is {str(value):.60}, but {str(first):.60} on rank 0"
 
 
@@ -322,7 +329,7 @@ def write_record(run, record):
 
 def unwritten(path, error):
     """-> an OSError that says which file could not be written, and how full its disk is."""
-    while error.__context__:  # torch hides the cause behind one of its own
+    while isinstance(error, RuntimeError) and error.__context__:  # torch's own hides the cause
         error = error.__context__
     free = shutil.disk_usage(Path(path).parent).free >> 20
     return OSError(f"{path}: could not be written, with {free} MiB free there ({one_line(error)})")
@@ -362,7 +369,8 @@ def save_whole(state, path):
 
 
 def load_whole(path):
-    """What save_whole wrote, on the CPU; ValueError where a byte of it is another now."""
+    """What save_whole wrote, on the CPU; an error where a byte of its contents is
+    another now."""
     with zipfile.ZipFile(path) as file:
         damaged = file.testzip()  # torch.load does not look at the checksums
     if damaged:

@@ -1134,7 +1134,7 @@ MAY_CHANGE = """
 SAVED = "model optimizers step seconds logged config data position merges".split()
 
 # What may differ between the ranks of a run.
-RANKS_OWN = "out resume init device data eval_data tokenizer workers".split()
+RANKS_OWN = "out resume init device data eval_data tokenizer vocab_size workers".split()
 
 
 @dataclass
@@ -1441,7 +1441,7 @@ def train_in_folder(config, device, autocast):
     check_sets(config.eval_data, config.method, config.eval_every > 0)
     settings = {flag(name): value for name, value in plain(config).items() if name not in RANKS_OWN}
     merges = loader.tokenizer and loader.tokenizer.merges
-    agree({"data": loader.identity, "tokenizer": merges, "bf16": autocast._enabled} | settings)
+    agree(settings | {"data": loader.identity, "tokenizer": merges, "bf16": autocast._enabled})
     torch.manual_seed(config.seed)
     model = MAECLIP(config).to(device)
     run = Run(config, model, make_optimizers(model, config), loader)

@@ -161,7 +161,11 @@ def paths_below(folder):
         if real in seen:
             continue
         seen.add(real)
-        entries = os.scandir(folder / place)
+        try:
+            entries = list(os.scandir(folder / place))
+        except PermissionError:  # such as a disk's lost+found
+            print(f"passed over: {folder / place}: may not be read", file=sys.stderr)
+            continue
         for entry in sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name)):
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
@@ -182,7 +186,7 @@ def say_others(files):
     if files:
         print(
             f"passed over (beside the class folders, or a link to another, or none of "
-            f"{', '.join(IMAGE_FIELDS)}: convert these to JPEG): {endings(files)}"
+            f"{', '.join(IMAGE_FIELDS)}; convert other images to JPEG): {endings(files)}"
         )
 
 

@@ -18,6 +18,8 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from data import DataError, one_line, printable
 from machine import whole_file
 
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf")
+
 
 # --- Lines and words ------------------------------------------------------------------------------
 class Drawing:
@@ -83,8 +85,10 @@ def check_name(path):
     """DataError, before anything is computed, where a picture cannot have that path."""
     if not Path(path).parent.is_dir():
         raise DataError(f"--out {path}: there is no such folder")
-    if Path(path).suffix.lower() not in Image.registered_extensions():
-        raise DataError(f"--out {path}: is no name of a picture, such as page.png")
+    if Path(path).suffix.lower() not in ENDINGS:
+        raise DataError(
+            f"--out {path}: is no name of a picture, which ends in {', '.join(ENDINGS)}"
+        )
 
 
 def save_picture(picture, path):

@@ -26,6 +26,7 @@ import subprocess
 import symtable
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import xml.etree.ElementTree
@@ -48,6 +49,7 @@ import data
 import experiment
 import machine
 import mae_clip
+import pack
 import pictures
 import scenes
 import shards
@@ -3335,6 +3337,21 @@ def test_pack_reads_a_table_whose_lines_are_longer_than_a_files_name_may_be(tmp_
     assert len(packed(tmp_path / "late")) == 2
 
 
+def test_a_folder_that_may_not_be_read_is_passed_over_and_said(tmp_path, monkeypatch, capsys):
+    photos_in(tmp_path, ["cat/0.jpg", "lost+found/1.jpg"])
+    scandir = os.scandir
+
+    def guarded(path):
+        if Path(path).name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    found = [str(path) for path in pack.paths_below(tmp_path)]
+    assert found == ["cat", os.path.join("cat", "0.jpg"), "lost+found"]
+    assert f"passed over: {tmp_path}/lost+found: may not be read" in capsys.readouterr().err
+
+
 def test_what_is_no_table_in_utf8_and_a_folder_without_photos_are_told_the_remedy(tmp_path):
     (tmp_path / "wide.csv").write_bytes("path,caption\n0.jpg,a dog\n".encode("utf-16"))
     code, _, err = command("pack", tmp_path / "wide.csv", tmp_path / "out")
@@ -3401,7 +3418,7 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
     (photos / "empty").mkdir()
     out = tmp_path / "out"
     code, said, err = command("pack", photos, out, "--test", 0.3)
-    assert code == 0 and "convert these to JPEG): 1 x .heic, 2 x .png\n" in said
+    assert code == 0 and "convert other images to JPEG): 1 x .heic, 2 x .png\n" in said
     assert "folders without photos ['empty']" in said and "2 left out" in said
     assert "broken.png: image header" in err and "No such file" in err
     wanted = f"--data {out} --out {out}-run --eval-data {out} --batch-size 15"
@@ -4250,7 +4267,7 @@ def test_reconstruct_draws_into_the_runs_folder_and_says_so(trained, tmp_path, c
     assert end.value.code == 2 and str(nowhere) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, says", [("x.xyz", "no name of a picture"), ("no/x.png", "folder")])
+@pytest.mark.parametrize("name, says", [("x.psd", "no name of a picture"), ("no/x.png", "folder")])
 def test_reconstruct_refuses_a_name_before_it_computes(trained, tmp_path, capsys, name, says):
     shard = captioned_shard(tmp_path / "dev.tar")
     words = ["reconstruct", trained["mae_clip"], "--data", shard, "--out", tmp_path / name]
@@ -4647,18 +4664,33 @@ def test_a_program_whose_terminal_was_closed_ends_without_a_traceback(monkeypatc
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no sockets of files")
 def test_a_run_leaves_nothing_in_the_folder_for_temporary_files(tmp_path, monkeypatch):
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     flags = [*TINY, "--method", "clip", "--steps", 3, "--workers", 2, "--out", tmp_path / "run"]
-    assert python(mae_clip.__file__, *flags).returncode == 0
-    assert not list((tmp_path / "temporary").glob("pymp-*"))
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        done = python(mae_clip.__file__, *flags)
+        assert done.returncode == 0, done.stderr
+        assert not list(Path(folder).glob("pymp-*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no sockets of files")
+def test_a_folder_too_long_for_sockets_is_refused_where_a_run_would_wait_for_ever(
+    tmp_path, monkeypatch
+):
+    long = tmp_path / ("long" * 20)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    flags = [*TINY, "--method", "clip", "--steps", 3, "--workers", 2, "--out", tmp_path / "run"]
+    done = python(mae_clip.__file__, *flags)
+    assert done.returncode == 2 and "too long a path for sockets" in said_in_one_line(done)
 
 
 def test_a_log_that_cannot_be_written_is_named_and_the_steps_made_are_saved(tmp_path, monkeypatch):
-    def full(run, record):
-        raise machine.unwritten(Path(run.config.out, "log.jsonl"), OSError(28, "No space left"))
+    def full(path, mode):
+        if path == tmp_path / "run" / "log.jsonl":
+            raise OSError(28, "No space left")
+        return open(path, mode)
 
-    monkeypatch.setattr(mae_clip, "write_record", full)
+    monkeypatch.setattr(machine, "open", full, raising=False)
     flags = [*TINY, "--method", "clip", "--steps", 4, "--log-every", 3, "--out", tmp_path / "run"]
     said = said_in_one_line(run(*flags, code=2))
     assert f"{tmp_path}/run/log.jsonl: could not be written, with " in said
@@ -5693,6 +5725,8 @@ def test_search_shows_the_images_of_largest_cosine_first(trained, tmp_path, caps
         (source / "._00.jpg").write_bytes(b"of a Mac")
         (source / "broken.jpg").write_bytes(b"")
         (source / "folder.jpg").mkdir()
+        (source / ".trash").mkdir()
+        (source / ".trash" / "99.jpg").write_bytes(picture(40, 30, seed=99))
     page = tmp_path / "page.png"
     said = call(capsys, "search", trained["clip"], "a dog", "--data", source, "--out", page)
     model, tokenizer, config = mae_clip.load(trained["clip"])
@@ -6040,7 +6074,10 @@ def test_a_checkpoint_of_which_one_byte_has_changed_is_not_used(stopped):
         ({"a": 1, "b": 2}, {"a": 1, "b": 3}, "x[b] is 2, but 3 on rank 0"),
         ({"a": [1, 2]}, {"a": [1, 5]}, "x[a][1] is 2, but 5 on rank 0"),
         ({"a": [1, 2]}, {"a": [1]}, "x[a] has 2 parts, but 1 on rank 0"),
-        ({"a": 1}, {"a": 1, "b": 3}, "x is {'a': 1}, but {'a': 1, 'b': 3} on rank 0"),
+        ({"a": 1}, {"a": 1, "b": 3}, "x has 1 parts, but 2 on rank 0"),
+        ({"a": 1}, {"b": 1}, "x[a] is 1, but None on rank 0"),
+        ({"a": 1}, [1], "x is {'a': 1}, but [1] on rank 0"),
+        ([1], 5, "x is [1], but 5 on rank 0"),
         ([["t", "h"]], [["t", "o"]], "x[0][1] is h, but o on rank 0"),
         ([1], None, "x is [1], but None on rank 0"),
         (None, [1], "x is None, but [1] on rank 0"),
@@ -6048,6 +6085,36 @@ def test_a_checkpoint_of_which_one_byte_has_changed_is_not_used(stopped):
 )
 def test_what_differs_between_ranks_is_named_down_to_the_part(value, first, said):
     assert machine.difference("x", value, first) == said
+
+
+def test_a_signal_that_one_of_several_ranks_answers_in_time_leaves_no_alarm_behind(monkeypatch):
+    with machine.Signals() as signals:
+        signals.alone = False
+        with signals.heeded():
+            signal.raise_signal(signal.SIGTERM)
+            remaining = signal.alarm(5)
+            assert 0 < remaining <= 5
+        assert signal.alarm(0) == 0
+        with signals.heeded():  # a wait that begins after the signal
+            assert signal.alarm(5) > 0
+
+
+def test_a_signal_while_an_image_is_decoded_does_not_make_it_a_damaged_one():
+    def signalled(image):
+        signal.raise_signal(signal.SIGTERM)
+
+    with machine.Signals() as signals, pytest.raises(machine.Interrupted):
+        with mock.patch("PIL.JpegImagePlugin.JpegImageFile.load", signalled), signals.heeded():
+            data.decode(picture())
+
+
+def test_the_cause_of_a_failed_write_is_its_own_while_another_error_is_on_its_way(tmp_path):
+    with pytest.raises(OSError, match=r"could not be written.*No space left"):
+        try:
+            raise DataError("most samples are of no use")
+        finally:
+            with machine.whole_file(tmp_path / "file", "part"):
+                raise OSError(28, "No space left on device")
 
 
 def test_the_cause_of_a_failed_write_is_the_systems_not_torchs(tmp_path):
