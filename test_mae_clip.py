@@ -5751,7 +5751,7 @@ def test_search_needs_a_text_tower_and_images(trained, tmp_path, capsys):
         (trained["clip"], "a dog", "--data", tmp_path / "empty"): "empty",
         (trained["clip"], "a dog", "--data", tmp_path / "missing"): "missing",
         (trained["clip"], "a dog", "--data", ""): "names no set",
-        (trained["clip"], "a dog", "--data", shard, "--out", tmp_path / "page"): "page.png",
+        (trained["clip"], "a dog", "--data", shard, "--out", tmp_path / "page"): "ends in .png",
         (trained["clip"], "a dog", "--data", shard, "--out", tmp_path / "no" / "a.png"): "no such",
     }.items():
         with pytest.raises(SystemExit) as end:
