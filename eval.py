@@ -958,7 +958,7 @@ def make_parser():
         command.add_argument(
             "paths", nargs="+", metavar="CHECKPOINT", help="a file or a run's folder"
         )
-        command.add_argument("--data", default="", help="SETs, joined by ::")
+        command.add_argument("--data", default="", help="SETs joined by ::, see eval.py --help")
         if name == "zero-shot":
             command.add_argument("--labels", help="of a photo (CHECKPOINT PHOTO), joined by commas")
         if name == "reconstruct":
@@ -967,9 +967,14 @@ def make_parser():
             "--untrained", action="store_true", help="score a new model, too, like the first"
         )
         command.add_argument(
-            "--format", default="text", choices=("text", "markdown", "json"), help="of the table"
+            "--format",
+            default="text",
+            choices=("text", "markdown", "json"),
+            help="of the table (default: text)",
         )
-        command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+        command.add_argument(
+            "--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps"
+        )
     for name, (_, _, text) in ELSEWHERE.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser

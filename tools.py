@@ -101,8 +101,10 @@ def parse(command, flags, positional, out, sets=True):
             name.lower(), metavar=name, nargs="+" if name == "RUN" else None, help=POSITIONAL[name]
         )
     if sets:
-        parser.add_argument("--data", required=True, help="SETs, joined by ::")
-        parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+        parser.add_argument("--data", required=True, help="SETs joined by ::, see eval.py --help")
+        parser.add_argument(
+            "--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps"
+        )
     if out:
         parser.add_argument("--out", help=f"file to write (default: {out} in the run's folder)")
     args = parser.parse_args(flags)
