@@ -1019,6 +1019,7 @@ def run(argv):
         raise DataError(f"{args.command} needs --data; for one photo: zero-shot with --labels")
     datasets = open_sets(args.data, structured=args.command == "suite")
     if vars(args).get("out"):  # reconstruct alone has it
+        pictures.check_folder(args.out)
         pictures.check_name(args.out)
     tasks, _ = COMMANDS[args.command]
     rows = suite(args.paths, datasets, tasks, device, args.untrained)

@@ -81,10 +81,14 @@ class Drawing:
         save_picture(sheet.reduce(2), path)
 
 
+def check_folder(out):
+    """DataError, before anything is computed, where the folder of --out is missing."""
+    if not Path(out).parent.is_dir():
+        raise DataError(f"--out {out}: there is no such folder")
+
+
 def check_name(path):
-    """DataError, before anything is computed, where a picture cannot have that path."""
-    if not Path(path).parent.is_dir():
-        raise DataError(f"--out {path}: there is no such folder")
+    """DataError, before anything is computed, where a picture cannot have that name."""
     if Path(path).suffix.lower() not in ENDINGS:
         raise DataError(
             f"--out {path}: is no name of a picture, which ends in {', '.join(ENDINGS)}"

@@ -86,12 +86,6 @@ POSITIONAL = {
 }
 
 
-def check_folder(out):
-    """DataError, before anything is computed, where the folder of --out is missing."""
-    if not Path(out).parent.is_dir():
-        raise DataError(f"--out {out}: there is no such folder")
-
-
 def parse(command, flags, positional, out, sets=True):
     """The values of a command's flags; positional: its names; out: what --out is when not given;
     sets: does it read --data."""
@@ -111,7 +105,7 @@ def parse(command, flags, positional, out, sets=True):
     if out and not args.out:
         args.out = str(run_folder(vars(args).get("checkpoint") or args.run[0]) / out)
     if out:
-        check_folder(args.out)
+        pictures.check_folder(args.out)
     return args
 
 
@@ -197,7 +191,7 @@ def benchmark(flags):
     parser = new_parser("eval.py benchmark", ELSEWHERE["benchmark"][2])
     parser.add_argument("--out", default="benchmark.json", help="figures (default: %(default)s)")
     args, flags = parser.parse_known_args(flags)
-    check_folder(args.out)
+    pictures.check_folder(args.out)
     found = time_steps(mae_clip.parse(flags))
     write_whole(args.out, json.dumps(found, indent=1))
     say(f"the figures are in {args.out}, too")
