@@ -1064,12 +1064,13 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(x):
     """x (rows, columns) -> x with its singular values replaced by ones, nearly: five steps of a
     quintic Newton-Schulz iteration with Muon's coefficients."""
-    if x.shape[0] > x.shape[1]:
+    if len(x) > x.shape[1]:
         return orthogonalise(x.T).T
-    x = x / x.norm().clamp(min=1e-7)
+    x = x / (x.norm() + 1e-7)
     for _ in range(5):
         square = x @ x.T
-        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+        factor = square.addmm(square, square, beta=-4.7750, alpha=2.0315)
+        x = x.addmm(factor, x, beta=3.4445)
     return x
 
 
@@ -1260,16 +1261,14 @@ def open_data(config, state, merges=None):
         if loader.identity != state["data"]:
             raise DataError(f"--data: not the samples that {config.out} was trained on")
         loader.position = state["position"]
+        merges = state["merges"]
     if config.method != "mae":
-        if state:
-            loader.tokenizer = Tokenizer(state["merges"])
-        elif config.tokenizer:
+        if config.tokenizer and not state:
             loader.tokenizer = Tokenizer.load(config.tokenizer)
         elif merges is not None:
             loader.tokenizer = Tokenizer(merges)
         else:
-            texts = loader.texts()
-            loader.tokenizer = from_first(Tokenizer.train, texts, config.vocab_size)
+            loader.tokenizer = from_first(Tokenizer.train, loader.texts(), config.vocab_size)
         config = replace(config, vocab_size=loader.tokenizer.vocab_size)
     return loader, config
 
