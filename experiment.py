@@ -302,10 +302,10 @@ CORNERS = (24, 4, 3)  # of their markers: round, square, triangle
 FILLS = ("white", None, "#bbbbbb")  # of the arms' markers; None: the pooling's colour
 
 
-def marker(drawing, x, y, pool, arm):
-    """The sign of a pooling and an arm, which are given by their numbers."""
-    corners = CORNERS[pool % 3]
-    colour = COLOURS[pool % 3]
+def marker(drawing, x, y, kind, arm):
+    """The sign of a line: its form and colour say its kind, its filling the arm; all are numbers."""
+    corners = CORNERS[kind % 3]
+    colour = COLOURS[kind % 3]
     angles = (np.arange(corners) + 0.5) * 2 * math.pi / corners
     points = [(x + 3 * math.sin(angle), y + 3 * math.cos(angle)) for angle in angles]
     drawing.area(points, FILLS[arm % 3] or colour)
@@ -314,7 +314,7 @@ def marker(drawing, x, y, pool, arm):
 
 def draw_panel(drawing, left, title, unit, amounts, lines, always):
     """One panel, 108 points wide; its vertical axis holds the numbers `always`. lines: (name,
-    number of its pooling, number of its arm, [(unique pairs, value, half of its interval)])."""
+    number of its kind, number of its arm, [(unique pairs, value, half of its interval)])."""
     top, bottom, right = 34, 140, left + 108
     ends = [*always]
     for *_, points in lines:
@@ -325,8 +325,8 @@ def draw_panel(drawing, left, title, unit, amounts, lines, always):
     low, high = low - margin, high + margin
     decades = math.log(amounts[-1] / amounts[0]) or 1.0  # 1: a single amount
 
-    def place(pairs, value, pool=1):  # poolings stand a little beside each other
-        x = left + 6 + 2 * pool + 92 * math.log(pairs / amounts[0]) / decades
+    def place(pairs, value, shift=0.0):
+        x = left + 8 + shift + 92 * math.log(pairs / amounts[0]) / decades
         return x, bottom - (bottom - top) * (value - low) / (high - low)
 
     drawing.words(left - 24, 10, title)
@@ -342,29 +342,37 @@ def draw_panel(drawing, left, title, unit, amounts, lines, always):
         short = f"{pairs / 1e6:g}M" if pairs >= 1e6 else f"{pairs / 1e3:g}k"
         drawing.words(x, bottom + 12, short, "middle")
     drawing.words((left + right) / 2, bottom + 23, "unique pairs (log scale)", "middle")
-    for _, pool, _, points in lines:  # bands first, so that they hide nothing
-        band = [place(pairs, value + half, pool) for pairs, value, half in points]
-        band += [place(pairs, value - half, pool) for pairs, value, half in reversed(points)]
-        drawing.area(band, COLOURS[pool % 3], 0.12)
-        drawing.line(band, COLOURS[pool % 3], 0.3)
-    for row, (name, pool, arm, points) in enumerate(lines):
+    apart = min(2.5, 12 / len(lines))  # lines stand a little beside each other, to hide nothing
+    shifts = [apart * (row - (len(lines) - 1) / 2) for row in range(len(lines))]
+    for shift, (_, kind, _, points) in zip(shifts, lines, strict=True):  # bands lie below the rest
+        band = [place(pairs, value + half, shift) for pairs, value, half in points]
+        band += [place(pairs, value - half, shift) for pairs, value, half in reversed(points)]
+        drawing.area(band, COLOURS[kind % 3], 0.1)
+    for row, (name, kind, arm, points) in enumerate(lines):
         y = bottom + 38 + 11 * row
-        marker(drawing, left, y - 3, pool, arm)
+        marker(drawing, left, y - 3, kind, arm)
         drawing.words(left + 8, y, name)
-        places = [place(pairs, value, pool) for pairs, value, _ in points]
-        drawing.line(places, COLOURS[pool % 3], 1.2)
-        for x, y in places:
-            marker(drawing, x, y, pool, arm)
+        colour = COLOURS[kind % 3]
+        places = [place(pairs, value, shifts[row]) for pairs, value, _ in points]
+        drawing.line(places, colour, 1.2)
+        for (x, y), (pairs, value, half) in zip(places, points, strict=True):
+            for end in (value - half, value + half) if half else ():  # whose band ends where
+                _, height = place(pairs, end)
+                drawing.line([(x, y), (x, height)], colour, 0.6)
+                drawing.line([(x - 2, height), (x + 2, height)], colour, 0.8)
+            marker(drawing, x, y, kind, arm)
 
 
 def draw_figure(rows, arms):
     """The gain of the second arm over each other one, with its 95 % band, and the scores, against
     unique pairs -> Drawing; None where no two arms share two seeds."""
     amounts = [int(samples) for samples in values_of(rows, "samples")]
+    pools = values_of(rows, "pool")
     for measure, title in MEASURES.items():
         gains = []
         scores = []
-        for pool_number, pool in enumerate(values_of(rows, "pool")):
+        counts = set()  # of seeds behind an interval
+        for pool_number, pool in enumerate(pools):
             for arm_number, arm in enumerate(arms):
                 leads = []
                 means = []
@@ -375,16 +383,22 @@ def draw_figure(rows, arms):
                         means.append((samples, mean(score), 0.0))
                     if len(lead) > 1 and arm != arms[1]:
                         leads.append((samples, *interval(lead)))
-                signs = (pool_number, arm_number)
+                        counts.add(len(lead))
+                # What there is more than one of, poolings or arms, is told by colour and form.
+                kind = pool_number if len(pools) > 1 else arm_number
+                name = f"{arm}, {pool}"
                 if means:
-                    scores.append((f"{arm}, {pool}", *signs, means))
+                    scores.append((name, kind, arm_number, means))
                 if leads:
-                    gains.append((f"over {arm}, {pool}", *signs, leads))
+                    gains.append((f"over {name}", kind, arm_number, leads))
         if gains:
             drawing = Drawing(300, 182 + 11 * len(scores))
-            unit = f"{arms[1]}, points (95 % band)"
+            unit = f"{arms[1]}, points"
             draw_panel(drawing, 30, f"{title}: gain of", unit, amounts, gains, [0.0])
             draw_panel(drawing, 184, f"{title},", "per cent", amounts, scores, [])
+            seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+            # There is room: a line of gains has two of scores at least.
+            drawing.words(38, 178 + 11 * len(gains), f"bars: 95 % intervals, {seeds} seeds")
             return drawing
     return None
 

@@ -103,9 +103,9 @@ def save_picture(picture, path):
 
 
 def ticks(low, high):
-    """Round numbers from low to high, at most six."""
+    """Round numbers from low to high, at most seven."""
     power = 10.0 ** math.floor(math.log10(high - low))
-    step = next(step for step in (0.2, 0.5, 1, 2) if high - low <= 5 * step * power) * power
+    step = next(step for step in (0.2, 0.5, 1, 2) if high - low <= 6 * step * power) * power
     return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
 
 

@@ -5154,6 +5154,9 @@ def test_the_figure_shows_the_tables_numbers():
     band = next(points for kind, points, _, opacity in left if kind == "area" and opacity < 1)
     wanted = [2 + 2.484, 2.484, -2 + 2.484, -2 - 2.484, -2.484, 2 - 2.484]
     assert values(band) == pytest.approx(wanted, abs=1e-3)
+    ends = [points for kind, points, _, width in left if kind == "line" and width == 0.8]
+    assert sorted(values(end)[0] for end in ends) == pytest.approx(sorted(wanted), abs=1e-3)
+    assert "bars: 95 % intervals, 3 seeds" in heights
 
 
 def test_a_drawing_comes_out_as_svg_and_as_png(tmp_path):
