@@ -303,7 +303,7 @@ FILLS = ("white", None, "#bbbbbb")  # of the arms' markers; None: the pooling's 
 
 
 def marker(drawing, x, y, kind, arm):
-    """The sign of a line: its form and colour say its kind, its filling the arm; all are numbers."""
+    """The sign of a line: form and colour say its kind, the filling its arm; both are numbers."""
     corners = CORNERS[kind % 3]
     colour = COLOURS[kind % 3]
     angles = (np.arange(corners) + 0.5) * 2 * math.pi / corners
