@@ -5157,6 +5157,9 @@ def test_the_figure_shows_the_tables_numbers():
     ends = [points for kind, points, _, width in left if kind == "line" and width == 0.8]
     assert sorted(values(end)[0] for end in ends) == pytest.approx(sorted(wanted), abs=1e-3)
     assert "bars: 95 % intervals, 3 seeds" in heights
+    scores = [shape for shape in drawing.shapes if shape[0] == "line" and shape[1][0][0] > 150]
+    colours = [colour for _, _, colour, width in scores if width == 1.2]
+    assert len(set(colours)) == len(colours) == 2  # with one pooling colours tell the arms apart
 
 
 def test_a_drawing_comes_out_as_svg_and_as_png(tmp_path):
