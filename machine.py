@@ -1,6 +1,7 @@
 """What training asks of the machine and of other processes: device and precision, the allocator,
 signals, one run a folder, ranks that agree; and what it says before it begins."""
 
+import argparse
 import ctypes
 import json
 import math
@@ -165,6 +166,15 @@ class Signals:
 
 
 # --- Ranks ----------------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    """One for which a wrong flag is a ValueError: so it ends a run as any other bad input does, and
+    stands in torchrun's report."""
+
+    def error(self, message):
+        """Called where an argument does not fit."""
+        raise ValueError(f"{message} (--help lists the flags)")
+
+
 def say_last(line):
     """The line that a program ends with, on stderr. torchrun prints a report after it, in which the
     line then stands, too."""

@@ -858,6 +858,7 @@ from tqdm import tqdm
 from data import DataError, Loader, Tokenizer, one_line, simclr_view
 from machine import (
     Interrupted,
+    Parser,
     Signals,
     agree,
     announce,
@@ -1488,7 +1489,7 @@ def finish(run):
 
 def parse(argv=None):
     """The command line as a Config: the scale's preset, overridden by the flags that were given."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "mae_clip.py",
         usage="python mae_clip.py [--scale SCALE] [--FLAG VALUE ...]",
         description="Trains CLIP, MAE, M3AE, MAE-CLIP or SLIP and scores what came out.",

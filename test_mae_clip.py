@@ -6162,11 +6162,18 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         machine.write_whole(tmp_path / "nowhere" / "file", "x")
 
 
-def test_the_report_of_torchrun_ends_with_the_line_of_the_rank_that_failed(tmp_path):
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (("--eval-data", "nowhere-*.tar"), "nowhere-*.tar: no such shard"),
+        (("--colour", "red"), "unrecognized arguments: --colour red"),
+    ],
+)
+def test_the_report_of_torchrun_ends_with_the_line_of_the_rank_that_failed(wrong, says, tmp_path):
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    wrong = ("--scale", "tiny", "--out", tmp_path / "run", "--eval-data", tmp_path / "nowhere")
-    report = python(*command, HERE / "mae_clip.py", *wrong).stderr.split("Root Cause")[1]
-    assert f"mae_clip.py: error: {tmp_path}/nowhere: no such shard" in report
+    flags = ("--scale", "tiny", "--out", tmp_path / "run", *wrong)
+    report = python(*command, HERE / "mae_clip.py", *flags).stderr.split("Root Cause")[1]
+    assert f"mae_clip.py: error: {says}" in report
 
 
 def test_resume_without_a_checkpoint_says_that_the_run_begins(tmp_path):
