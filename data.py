@@ -330,7 +330,7 @@ def captions(sample):
     lines = [line.strip() for line in lines if line.strip()]
     noted = []
     with suppress(ValueError, KeyError, TypeError, RecursionError):  # no json, or of another shape
-        field = json.loads(sample["json"])["caption"]
+        field = json.loads(sample.get("json") or "{}")["caption"]
         texts = field if isinstance(field, list) else [field]
         noted = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
     # img2dataset writes a caption to both files: where it has line breaks, the txt looks like many.
@@ -937,15 +937,18 @@ class Loader:
         """Yields (key, caption, image) of each (raw sample, seed of its chance, name) that decodes;
         adds the others to failed, (name, cause) each."""
         for sample, seed, name in samples:
-            rng = np.random.default_rng(seed)
             texts = captions(sample) if self.captions else [""]
+            rng = None
+            if self.crop < 1 or len(texts) > 1:  # else nothing is left to chance
+                rng = np.random.default_rng(seed)  # takes longer than all else of a small image
             try:
                 # The crop comes first: it is the same whether captions are drawn or not.
                 image = self.make_image(sample["jpg"], rng)
             except ValueError as error:
                 failed.append((name, str(error)))
-            else:
-                yield sample["__key__"], texts[rng.integers(len(texts))], image
+                continue
+            text = texts[rng.integers(len(texts))] if rng else texts[0]
+            yield sample["__key__"], text, image
 
     def make_batch(self, samples, failed):
         """As make_samples, but -> a Batch, of full size: where a sample does not decode, another of
