@@ -262,8 +262,8 @@ class Attention(nn.Module):
 
     def forward(self, x, real):
         """x (B,T,D), real (B,T) bool: what may be attended to, or None for all -> (B,T,D)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B,T,3,heads,D/heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B,heads,T,D/heads)
+        qkv = self.qkv(x).unflatten(-1, (3 * self.heads, -1))  # (B,T,3*heads,D/heads)
+        q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # each (B,heads,T,D/heads)
         # (B,1,1,T): nothing attends to padding.
         attendable = None if real is None else real[:, None, None]
         if q.is_cpu:
@@ -1450,7 +1450,7 @@ def train_in_folder(config, device, autocast):
             model.load_state_dict(state["model"])
             for optimizer, values in zip(run.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(values)
-        for name in ("step", "seconds", "position", "logged"):
+        for name in "step seconds position logged".split():
             setattr(run, name, state[name])
     elif start:
         taken = start_from(model, start, merges)
