@@ -137,8 +137,10 @@ FOLDER_NAMES = ("train/*.tar", "train*.tar", "*.tar")  # a folder's shards: the 
 
 
 def parts_of(source):
-    """A source -> the paths and commands that are joined in it."""
-    # A path may hold `::`, where it is there, or before its braces and globs.
+    """A source -> the paths and commands that are joined in it. What follows pipe: is a command up
+    to the next `::pipe:`, as `::` may be part of it."""
+    # The whole source may be one path with `::` in it, such as a::b.tar where that file exists, or
+    # a::b/*.tar where the folder does.
     if os.path.exists(re.sub(r"/[^/]*[*{][^/]*$", "", source)):
         return [source]
     source = source.strip()
@@ -155,13 +157,12 @@ def public(source):
 
 
 def expand(source):
-    """A source, or a list of them, as the list of its shards; DataError where one has none. What
-    follows pipe: is a command up to the next `::pipe:`, as `::` may be part of it."""
+    """A source, or a list of them, as the list of its shards; DataError where one has none."""
     shards = []
     for part in parts_of(source) if isinstance(source, str) else source:
         found = []
         folder = os.path.dirname(part)
-        named = len(folder) if os.path.isdir(folder) else 0  # what is no pattern in it
+        named = len(folder) if os.path.isdir(folder) else 0  # so much is no pattern, but a name
         numbers = re.compile(r"\{(\d+)\.\.(\d+)\}").search(part, named)
         if os.path.isfile(part):
             found = [part]
@@ -439,7 +440,7 @@ def preprocess(image, size):
 def random_crop(data, size, least, rng):
     """Image bytes -> uint8 (3,S,S): a random box, of `least` to 1 of the area and sides from 3:4 to
     4:3, cut short where it does not fit, resized."""
-    # A JPEG is decoded no finer than leaves the smallest box `size` pixels a side.
+    # A JPEG may be decoded at a part of its size: the smallest box keeps `size` pixels a side.
     image = decode(data, math.ceil(size / math.sqrt(0.75 * least)))
     area = image.width * image.height * rng.uniform(least, 1)
     ratio = (4 / 3) ** rng.uniform(-1, 1)
@@ -677,10 +678,10 @@ Batch = namedtuple("Batch", "images tokens keys")  # of a rank: uint8 (B,3,S,S),
 
 
 class LocalShards:
-    """The samples of a Loader's local shards. Every readable one (with `samples`, every chosen one)
-    comes once an epoch over all ranks and workers (one that does not decode: see make_batch). Their
-    order is a pure function of (seed, epoch); the last ones of it, too few for a whole batch of all
-    ranks, are left out in that epoch. Memory is about 80 bytes a sample, in arrays: a list of
+    """The samples of a Loader's local shards, in an order that is a pure function of (seed, epoch).
+    Over all ranks and workers every readable one (with `samples`, every chosen one) comes once an
+    epoch, but for the last ones of its order: these are too few for a whole batch of all ranks. One
+    that does not decode: see make_batch. Memory is about 80 bytes a sample, in arrays: a list of
     Python objects would be copied page by page into each worker, as reading one changes its count
     of references."""
 
@@ -806,8 +807,8 @@ class Loader:
     """Batches of a source, of local shards or a stream. Order, crops and captions drawn depend on
     seed, epoch and sample alone, of a stream also on rank and workers. `stream`: is it one (a
     pipe:, or resample); `position`: the number of the shard at which a stream goes on; `identity`:
-    plain values that tell the same data again; `bad`: {cause: samples skipped}. DataError if less
-    than a batch, or less than half of the data, is usable."""
+    plain values that tell the same data again; `bad`: {cause: samples skipped; a tar that breaks
+    off counts as one}. DataError if less than a batch is usable, or less than is not."""
 
     source: str  # or a list
     batch_size: int  # of one rank

@@ -152,10 +152,10 @@ def descend(features, labels, weight, l2, tolerance):
     """Up to 40 steps of L-BFGS on fit_linear's objective -> the new weight and the objective there.
     features (n,D+1), a column of ones last; weight (C,D+1), the intercept last.
 
-    Features of different scales, or correlated ones, would take many steps. So what is sought is
-    not weight but weight @ L, where L L^T is the Hessian at the start (the mean of its classes'
-    blocks): with unknowns weight @ L and features @ L^-T in place of the features the products are
-    the same, and the Hessian is nearer the identity.
+    Features of different scales, or correlated ones, would take many steps. So the variables are
+    changed: let L L^T be the Hessian at the start (the mean of its classes' blocks). What is sought
+    is U = weight @ L, over the features features @ L^-T. Their product is that of weight and
+    features, and U's Hessian is near the identity.
     """
     probability = (features @ weight.T).softmax(dim=1)
     doubt = (probability * (1 - probability)).mean(dim=1, keepdim=True)
@@ -244,7 +244,7 @@ def choose_l2(x, y, classes, seed):
 
     # Above the features' whole variance a penalty only shrinks the weights: the trials begin there
     # and go downwards. There are four at least, and more as long as the last one has a lower loss
-    # than the one before, or is by half a point more accurate than all before.
+    # than the one before, or an accuracy half a point above all before.
     best = trial_of(max(x.var(dim=0).sum().item(), 1e-12))
     trials = [best]
     better = True
@@ -458,8 +458,8 @@ def encode_classes(model, tokenizer, classes, templates):
 
 
 class Encoded(NamedTuple):
-    """A split as a model sees it: pooled (n,D), for probes; embedded (n,E), for matching texts,
-    both float32 on the CPU; targets, n classes or lists of captions."""
+    """A split as a model sees it: pooled (n,D), for probes; embedded, what encode_image gives,
+    (n,E), for matching texts; both float32 on the CPU; targets, n classes or lists of captions."""
 
     pooled: torch.Tensor
     embedded: torch.Tensor
@@ -1036,8 +1036,8 @@ def run(argv):
 
 
 def main(argv=None):
-    """The command line: exit code 0 when done, 2 where what was given (or the machine) does not do,
-    130 when interrupted."""
+    """The command line: exit code 0 when done, 1 where a run of an experiment failed, 2 where what
+    was given (or the machine) does not do, 130 when interrupted."""
     try:
         print(run(argv))
     except (ValueError, OSError, RuntimeError) as error:

@@ -1,7 +1,7 @@
 """The experiment: does masked autoencoding help CLIP, and at what amount of data?
 
     python eval.py experiment                            clip and mae_clip on the built-in scenes
-    python eval.py experiment --quick                    an hour's worth of it
+    python eval.py experiment --quick                    18 of its runs
     python eval.py experiment --csv docs/experiment.csv --precision fp32     uses a table's runs
     python eval.py experiment --scale base --accumulate 16 --data SHARDS --eval-data SETS \\
         --samples 100000,1000000

@@ -90,7 +90,8 @@ class Interrupted(BaseException):
 class Signals:
     """Inside `with Signals() as signals`, Ctrl-C, kill and a closed terminal (which Windows does
     not tell) set signals.came, which is 0 before, to their number; the run ends when it has saved.
-    A signal that has come before ends the program at once."""
+    In the last step that is too late: the run is done. A signal that has come before ends the
+    program at once."""
 
     def __init__(self):
         self.seen = set()

@@ -2,9 +2,9 @@
 """MAE-CLIP, the method in one file: CLIP with masked autoencoding.
 
 Weers et al., "Masked Autoencoding Does Not Help Natural Language Supervision at Scale" (CVPR 2023),
-ask whether reconstructing removed patches and words helps CLIP. This file trains what they compare,
-from one set of parts, so that two methods differ in nothing but the thing compared: clip (Radford
-et al. 2021), mae (He et al. 2021), m3ae (Geng et al. 2022), mae_clip and slip (Mu et al. 2021).
+ask whether reconstructing removed patches and words helps CLIP. This file trains five methods from
+one set of parts, so that two of them differ in nothing but the thing compared: clip (Radford et al.
+2021), mae (He et al. 2021), m3ae (Geng et al. 2022), mae_clip and slip (Mu et al. 2021).
 
     python mae_clip.py --scale small                                  built-in data, minutes, no GPU
     python mae_clip.py --method clip --data 'pairs-{000..123}.tar'    your own shards
@@ -21,9 +21,9 @@ By default mae_clip sends each image and its caption through the same weights tw
                                                        +-> decoder --+
                      visible tokens --> text encoder --+             +-> removed tokens: text loss
 
-In pass 2 a quarter of the patches and about a quarter of the words are visible, unless told
-otherwise. A removed patch or token reaches no block of an encoder; the decoder gets a mask token in
-its place. clip is pass 1 alone, mae the image half of pass 2. In m3ae one trunk encodes visible
+By default a quarter of the patches is visible in pass 2 and, of a long caption, about a quarter of
+the tokens. A removed patch or token reaches no block of an encoder; the decoder gets a mask token
+in its place. clip is pass 1 alone, mae the image half of pass 2. In m3ae one trunk encodes visible
 patches and visible tokens together. slip is pass 1 and two augmented views that must find each
 other.
 
@@ -85,7 +85,7 @@ class ModelConfig:
     decoder_depth: int = 1  # blocks of the decoder (MAE: 8)
     decoder_heads: int = 2  # attention heads of the decoder (MAE: 16)
     mask_ratio: float = 0.75  # share of patches removed (MAE: 0.75)
-    text_mask_ratio: float = 0.75  # share removed of the tokens between SOT and EOT (M3AE: 0.75)
+    text_mask_ratio: float = 0.75  # share of tokens (but SOT, EOT) removed (M3AE: 0.75)
     contrastive_mask_ratio: float = 0.0  # share of patches removed in pass 1 (FLIP: 0.5)
     norm_pix: bool = True  # predict patches normalised by their own mean and variance (MAE)
     contrastive_weight: float = 1.0  # of the contrastive loss
@@ -99,8 +99,7 @@ class ModelConfig:
         return self.image_size // self.patch_size
 
     def weights(self):
-        """{term: weight} of the terms that are computed: the method's, where the weight is above
-        0."""
+        """{term: weight}: the method's terms of weight above 0. No others are computed."""
         weights = {term: getattr(self, f"{term}_weight") for term in METHODS[self.method]}
         return {term: weight for term, weight in weights.items() if weight > 0}
 
@@ -185,17 +184,17 @@ def caption_end(tokens):
     return (tokens == EOT).int().argmax(dim=1, keepdim=True)
 
 
-def removed_last(mask):
-    """mask (B,N) -> (B,N) positions: first those where it is False, then those where it is True,
-    each of them in order."""
+def kept_first(mask):
+    """mask (B,N) -> (B,N), an order of the positions: first all where mask is False, then all where
+    it is True (removed), both in rising order."""
     return mask.int().argsort(dim=1, stable=True)
 
 
 def random_text_mask(noise, tokens, ratio):
     """Removes tokens between SOT and EOT at random; captions of all lengths share one static shape.
 
-    noise (B,T) in 0..1, tokens (B,T) -> keep (B,K) positions of SOT, what stays, EOT, then padding;
-    mask (B,T) bool, True where removed, which SOT, EOT and padding never are.
+    noise (B,T) in 0..1, tokens (B,T) -> keep (B,K), always K positions: SOT, what stays, EOT, and
+    padding to fill K; mask (B,T) bool, True where removed, which SOT, EOT and padding never are.
 
     For example, with T = 16 and ratio 0.75:
 
@@ -206,7 +205,12 @@ def random_text_mask(noise, tokens, ratio):
         mask             -     True  True
 
     Of three tokens one stays, that of rank 0. Of a full caption's fourteen tokens four stay, so
-    with SOT and EOT K is 6, for every caption: keep is 0 1 4 5 6 7.
+    with SOT and EOT K is 6, for every caption. keep is what stands left of K's place in
+
+        kept_first(mask)    0 1 4 5 6 7 | 8 9 10 11 12 13 14 15 2 3
+                                        K
+
+    and what stands right of it is removed, or spare: padding fills both sides.
     """
     T = tokens.shape[1]
     position = torch.arange(T, device=tokens.device)
@@ -214,26 +218,26 @@ def random_text_mask(noise, tokens, ratio):
     between = (position > 0) & (position < end)  # (B,T): True strictly between SOT and EOT
     # Positions by their noise. SOT, EOT and padding get 2, above all noise, and so come last.
     by_noise = noise.masked_fill(~between, 2).argsort(dim=1)
-    rank = by_noise.argsort(dim=1)  # (B,T): where in by_noise each position stands
-    # kept_of_length[n]: how many of n tokens stay, n from 0 to T - 2. Counted in Python's floats:
-    # float32 rounding plays no part.
+    rank = by_noise.argsort(dim=1)  # (B,T): how many positions have less noise
+    # A table: of n tokens kept_of_length[n] stay, n from 0 to T - 2. It is made in Python, since
+    # the device's float32 might round otherwise than kept_count.
     kept_of_length = [kept_count(length, ratio) for length in range(T - 1)]
-    # Between SOT and an EOT at position `end` stand end - 1 tokens.
+    # Between SOT, at 0, and EOT, at `end`, stand end - 1 tokens.
     kept = torch.tensor(kept_of_length, device=tokens.device)[end - 1]  # (B,1)
     mask = between & (rank >= kept)
-    # Of a full caption K positions stay (SOT and EOT among them) and T - K are removed. A short one
-    # has no more of either: padding fills the middle of removed_last(mask). So the first K there
-    # hold all that stays, and the last T - K all that is removed.
+    # Of a full caption K positions stay (SOT and EOT among them) and T - K are removed; a shorter
+    # one has no more of either. So the first K of kept_first(mask) hold all that stays, the last
+    # T - K all that is removed, and padding fills the middle.
     K = 2 + kept_of_length[-1]
-    return removed_last(mask)[:, :K], mask
+    return kept_first(mask)[:, :K], mask
 
 
 class Masked(NamedTuple):
     """What the masked pass knows of one modality (N stands for patches or tokens).
 
-    keep and removed are together all N positions. A short caption may lose fewer than R tokens:
-    then `removed` begins with spare slots, which are padding. There `mask` is False, and no loss
-    counts them.
+    keep and removed are together all N positions. R is what a full caption loses. A shorter one may
+    lose fewer: then `removed` begins with spare slots, positions of padding, where `mask` is False
+    and no loss counts.
     """
 
     keep: torch.Tensor  # (B,K) positions that the encoder gets
@@ -245,7 +249,8 @@ class Masked(NamedTuple):
 def record_mask(keep, mask, real):
     """keep (B,K), mask (B,N), real (B,N) or None -> Masked."""
     K = keep.shape[1]
-    return Masked(keep, removed_last(mask)[:, K:], real, mask)
+    # The first K are the positions of keep (random_mask gives them in another order).
+    return Masked(keep, kept_first(mask)[:, K:], real, mask)
 
 
 # --- Transformer block ----------------------------------------------------------------------------
@@ -324,10 +329,10 @@ class ImageEncoder(nn.Module):
         patch = config.patch_size
         side = config.side()
         self.patch_size = patch
-        # This convolution is never called: it gives its weight timm's name and shape.
+        # Never called: forward multiplies by its weight, to which it gives timm's name and shape.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        # CLS has no position: zeros. Then the patches.
+        # CLS has no position, so zeros (in a ViT of timm's, see --init, not); then the patches.
         position = torch.cat([torch.zeros(1, width), sincos_2d(width, side, side)])
         self.pos_embed = nn.Buffer(position[None])  # (1,1+N,D)
         self.blocks = make_blocks(width, config.heads, config.depth)
@@ -346,10 +351,9 @@ class ImageEncoder(nn.Module):
         if keep is not None:  # here a removed patch leaves, before it is projected
             x = take(x, keep)  # (B,K,P*P*3)
             position = take(position, keep)
-        # What the convolution would do to each patch is a matrix product.
+        # A convolution would do this to each patch. Its weight in the order of patchify's values:
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D,P*P*3), channel fastest
         x = F.linear(x, weight, proj.bias) + position  # (B,K,D)
-        # Here the position of CLS is zero; in a ViT of timm's, taken with --init, it may not be.
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B,1+K,D)
         real = None
@@ -373,7 +377,7 @@ class TextEmbedding(nn.Module):
     def forward(self, tokens, keep=None):
         """tokens (B,T), keep (B,K) positions that are seen, or None for all -> (B,T or K,D)."""
         x = self.token(tokens) + self.position[:, : tokens.shape[1]]
-        if keep is not None:  # here a removed token leaves
+        if keep is not None:  # here a removed token leaves (to look it up cost next to nothing)
             x = take(x, keep)
         return x
 
@@ -410,13 +414,14 @@ class TextEncoder(nn.Module):
 
 
 class Modality(nn.Module):
-    """One modality's way into the decoder and out of it: in each removed slot it predicts
-    `values` numbers."""
+    """What the decoder has of one modality beside its blocks: embedding, mask token, positions, and
+    a head that predicts `values` numbers in each removed slot."""
 
     def __init__(self, encoder_width, width, values, position):
         super().__init__()
         self.embed = nn.Linear(encoder_width, width)
-        # embed and the mask token also tell the decoder which modality a position is of.
+        # Each modality has its own embed and mask token. So the decoder can tell them apart without
+        # an embedding of the modality.
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position = position  # (1,N,width): a fixed buffer for patches, learned for text
         self.head = nn.Linear(width, values)
@@ -426,7 +431,8 @@ class Modality(nn.Module):
         the positions added."""
         N = masked.mask.shape[1]
         kept = self.embed(encoded)
-        # scatter needs one type: under autocast kept is in bfloat16.
+        # Mask tokens, of which those in kept places are then replaced. scatter needs one type, and
+        # under autocast kept is in bfloat16.
         x = self.mask_token.to(kept.dtype).expand(len(kept), N, -1)
         index = masked.keep.unsqueeze(-1).expand_as(kept)
         return x.scatter(1, index, kept) + self.position[:, :N]
@@ -473,6 +479,7 @@ class Decoder(nn.Module):
         # Only the R slots go through the heads: what was kept needs no prediction.
         pixels = logits = None
         if image_masked is not None:
+            # After CLS come the patches first, so their positions hold in x[:, 1:], too.
             pixels = self.image.head(take(x[:, 1:], image_masked.removed))
         if text_masked is not None:
             logits = self.text.head(take(x[:, text_start:], text_masked.removed))
@@ -497,8 +504,8 @@ def contrastive_loss(image_features, text_features, scale):
     """Symmetric InfoNCE (CLIP): each image must find its caption among all, and each caption its
     image.
 
-    image_features, text_features (B,E) of unit norm, scale the factor on the cosine, float or
-    0-d tensor -> 0-d, the mean of both directions over the pairs of all ranks.
+    image_features, text_features (B,E) of unit norm; scale: the factor on the cosine, a float or a
+    0-d tensor -> 0-d: the mean of both directions, over the pairs of all ranks.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         images = at_least_float32(image_features)
@@ -563,8 +570,8 @@ def simclr_loss(a, b, temperature=0.1):
 # Why n GPUs give the loss and the gradient of one, if each has as many rows as the others.
 # Forward. Each rank computes a part of the loss from its own rows: features of images, captions or
 # views, or errors of removed positions. Where rows must find each other, it gathers those of all
-# ranks. of_all_ranks gathers the parts, and their mean (in masked_mean: all errors' sum over
-# all counts' sum) is the loss L of the whole batch: the same number on every rank.
+# ranks. of_all_ranks gathers the parts. Their mean is the loss L of the whole batch, one number on
+# all ranks. (masked_mean gathers sums and counts instead, and divides the one by the other.)
 # Backward. p_r is rank r's copy of a parameter p; L depends on all copies, through the gathers.
 #     dL/dp = sum over r of dL/dp_r             the gradient of one GPU with all rows
 #     p_r.grad = d(L + ... + L)/dp_r = n dL/dp_r      since all n ranks call backward on L
@@ -582,8 +589,8 @@ def gather(x):
     """(B,...) -> (G,...): the rows of all ranks, in their order, with gradient."""
     if not dist.is_initialized():
         return x
-    # chunk(1)[0] changes nothing in the forward pass. In the backward pass it makes the gradient
-    # contiguous in memory, which all_gather needs before torch 2.13.
+    # chunk(1)[0] changes nothing but the gradient's memory: it becomes contiguous, as all_gather
+    # needs it before torch 2.13.
     return all_gather(x, 0, dist.group.WORLD).chunk(1)[0]
 
 
@@ -624,10 +631,10 @@ def simclr_head(width):
 class MAECLIP(nn.Module):
     """The five methods over one set of parts.
 
-    A term of weight 0 is not computed, and a part that only such terms need is not built (the image
-    encoder always is). Weights are drawn by name, and masks by the noise that is
-    passed in, so what is not built changes neither the weights nor the masks of the rest: mae_clip
-    with both reconstruction weights 0 is clip, on a CPU bit for bit.
+    A term of weight 0 is not computed. A part that only such terms need is not built; the image
+    encoder always is. Weights are drawn by name, and masks are decided by the noise that is passed
+    in. So what is not built changes neither the weights nor the masks of the rest: mae_clip with
+    both reconstruction weights 0 is clip, on a CPU bit for bit.
     """
 
     def __init__(self, config):
@@ -635,7 +642,7 @@ class MAECLIP(nn.Module):
         self.config = config
         terms = config.weights()
         self.terms = terms  # {term: weight} of what is computed
-        self.one_trunk = config.method == "m3ae" and "text" in terms
+        self.one_trunk = config.method == "m3ae" and "text" in terms  # without text it is mae
         self.has_decoder = "image" in terms or "text" in terms
         # The seed of all weights is drawn before any layer is made: making layers draws random
         # numbers too, and how many depends on the method.
@@ -661,6 +668,7 @@ class MAECLIP(nn.Module):
         share starts equal."""
         for name, parameter in self.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            # CLS and mask tokens, the table of text tokens, learned positions.
             if name.endswith(("_token", "token.weight", "position")):
                 nn.init.normal_(parameter, std=0.02, generator=generator)
             elif parameter.ndim > 1:
@@ -695,10 +703,10 @@ class MAECLIP(nn.Module):
         return unit_norm(self.text_proj(at_end))
 
     def masked_pass(self, images, tokens, image_noise, text_noise):
-        """Removes patches and tokens, encodes what is left, predicts the rest ->
+        """Removes patches and tokens, encodes what is left, predicts the rest -> five things:
         image_masked, text_masked: Masked; None for a modality that is not reconstructed;
         encoded_image: (B,1+K,D), or None; pass 1 may use it, too;
-        pixels, logits: as from Decoder. m3ae needs an image weight above 0: see Config below."""
+        pixels, logits: as from Decoder."""
         image_masked = text_masked = encoded_image = encoded_text = None
         if "image" in self.terms:
             keep, mask = random_mask(image_noise, self.config.mask_ratio)
@@ -706,7 +714,7 @@ class MAECLIP(nn.Module):
         if "text" in self.terms:
             keep, mask = random_text_mask(text_noise, tokens, self.config.text_mask_ratio)
             text_masked = record_mask(keep, mask, no_padding(tokens))
-        if self.one_trunk:  # m3ae
+        if self.one_trunk:  # m3ae, with an image weight above 0: Config below refuses others
             words = self.text_embed(tokens, text_masked.keep)
             both = self.image_encoder(
                 images, image_masked.keep, words, no_padding(tokens, text_masked.keep)
@@ -721,8 +729,8 @@ class MAECLIP(nn.Module):
         return image_masked, text_masked, encoded_image, *predictions
 
     def outputs(self, images, tokens, image_noise, text_noise, *views):
-        """What the losses are computed from, but for the logit scale: tensors by name, of a row for
-        each sample."""
+        """{name: tensor with a row for each sample}: all that `losses` needs but the logit
+        scale."""
         config = self.config
         images = normalise_images(images)  # once: the encoder leaves floats as they are
         image_masked = text_masked = None
@@ -734,7 +742,7 @@ class MAECLIP(nn.Module):
         if image_masked is not None:
             removed = take(patchify(images, config.patch_size), image_masked.removed)  # (B,R,P*P*3)
             found["image_error"] = image_error(pixels, removed, config.norm_pix)  # (B,R)
-            # (B,R), all True: patches leave no spare slots
+            # (B,R), all True: patches leave no spare slots. So both errors go through masked_mean.
             found["image_counted"] = torch.ones_like(found["image_error"], dtype=torch.bool)
         if text_masked is not None:
             found["text_error"] = text_error(logits, tokens.gather(1, text_masked.removed))  # (B,R)
@@ -748,8 +756,8 @@ class MAECLIP(nn.Module):
                 # The same noise and ratio leave the same patches: pass 2 has encoded them already.
                 encoded = encoded_image
             else:
-                # Pass 2, where there is one, uses the same noise: so one pass's patches include the
-                # other's.
+                # Pass 2, where there is one, uses the same noise: so the pass that keeps fewer
+                # patches keeps some of the other's.
                 keep, _ = random_mask(image_noise, ratio)
                 encoded = self.image_encoder(images, keep)
             found["image_features"] = self.image_feature(encoded)  # (B,E)
@@ -788,13 +796,13 @@ class MAECLIP(nn.Module):
         batch = [images, tokens, *noise, *(views or ())]
         if self.config.accumulate == 1:
             return self.losses(self.outputs(*batch))
-        # Of each piece only its outputs are kept. The losses see those of the whole batch, so the
-        # gradient is the whole batch's. What lies between images and outputs is computed again,
-        # piece by piece, in the backward pass (GradCache).
+        # The losses see the outputs of the whole batch, so the gradient is the whole batch's. What
+        # lies between a piece and its outputs is not kept: it is computed again, piece by piece, in
+        # the backward pass (GradCache), and comes out the same, as all noise is drawn above.
         chunks = [x.tensor_split(self.config.accumulate) for x in batch]
         found = []
-        for rows in zip(*chunks, strict=True):
-            found.append(checkpoint(self.outputs, *rows, use_reentrant=False))
+        for piece in zip(*chunks, strict=True):
+            found.append(checkpoint(self.outputs, *piece, use_reentrant=False))
         return self.losses({name: torch.cat([part[name] for part in found]) for name in found[0]})
 
     def draw_noise(self, images, tokens, image_noise, text_noise):
@@ -886,7 +894,7 @@ CHOICES = {
     "precision": ["auto", "fp32", "bf16"],
     "optimizer": ["muon", "adamw"],
 }
-# The least value allowed of each setting. Of one that is not listed: 1 for an int, 0 for a float.
+# The least value allowed. Of a setting that is not listed it is 1 for an int, 0 for a float.
 LOWEST = {
     "seed": 0,
     "data_seed": 0,
@@ -926,7 +934,7 @@ class Config(ModelConfig):
     scenes: int = 40_000  # built-in data: training images
     data_seed: int = 0  # built-in data: its seed, which also fixes the pairs never trained on
     workers: int = 1  # processes that decode ahead
-    crop: float = 1.0  # random crops of at least this share (less where cut to fit); 1: centre crop
+    crop: float = 1.0  # least area of a random crop, before it is cut to fit; 1: centre crop
     steps: int = 450  # optimiser steps
     stop_after: int = 0  # save and stop after so many steps in all; 0: at --steps
     batch_size: int = 256  # pairs a step, over all processes
@@ -1052,11 +1060,11 @@ class Muon(torch.optim.Optimizer):
         for parameter in group["params"]:
             gradient = parameter.grad
             momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(gradient))
-            momentum.lerp_(gradient, 0.05)  # 0.95 of the momentum, 0.05 of the gradient
-            # Nesterov's look ahead: 0.05 of the gradient, 0.95 of the new momentum.
+            momentum.lerp_(gradient, 0.05)  # 0.95 momentum + 0.05 gradient
+            # Nesterov's look ahead: 0.95 of the new momentum + 0.05 gradient.
             direction = orthogonalise(gradient.lerp(momentum, 0.95))
-            # An orthogonal matrix's entries have a root mean square of 1 / sqrt(longer side). This
-            # factor makes it 0.2, which is about that of a step of AdamW.
+            # The entries of an orthogonal matrix have a root mean square of 1 / sqrt(longer side).
+            # Times this size it is 0.2, about that of a step of AdamW.
             size = 0.2 * max(parameter.shape) ** 0.5
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.sub_(direction, alpha=group["lr"] * size)
@@ -1068,7 +1076,7 @@ def orthogonalise(x):
     if len(x) > x.shape[1]:
         return orthogonalise(x.T).T
     x = x / (x.norm() + 1e-7)
-    for _ in range(5):
+    for _ in range(5):  # x becomes 3.4445 x + (-4.7750 S + 2.0315 S S) x, where S = x x^T
         square = x @ x.T
         factor = square.addmm(square, square, beta=-4.7750, alpha=2.0315)
         x = x.addmm(factor, x, beta=3.4445)
@@ -1096,8 +1104,8 @@ def make_optimizers(model, config):
 
 
 def train_step(net, optimizers, autocast, batch):
-    """One step -> the terms, the loss and the gradient's norm, in a row on the device; None for
-    a step that was not finite, which changed nothing."""
+    """One step -> one tensor, on the device, of the terms, the loss and the gradient's norm; None
+    for a step that was not finite, which changed nothing."""
     with autocast:
         terms = net(*batch)
     terms["loss"].backward()
@@ -1122,10 +1130,10 @@ def compile_blocks(model, config, device):
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
-# What may differ between a run and its continuation with --resume: all other settings must be the
-# same. --data may be another path to the same samples: open_data compares the shards' sizes and the
-# samples' keys and captions (of streams the shards' names). The tokenizer, and with it vocab_size,
-# is the checkpoint's. A run that came to its last step may be given more --steps.
+# The settings that may differ between a run and its continuation with --resume. All others must be
+# the same, but that a run that came to its last step may be given more --steps. The path --data may
+# be another, the samples may not: open_data compares the shards' sizes and the samples' keys and
+# captions (of a stream the shards' names). The tokenizer is the checkpoint's, and so is vocab_size.
 MAY_CHANGE = """
     out resume init device precision compile log_every save_every data eval_data eval_every workers
     stop_after tokenizer vocab_size accumulate
@@ -1149,7 +1157,7 @@ class Run:
     loader: Loader
     step: int = 0
     seconds: float = 0.0  # of training, in all sittings; added up at each line of the log
-    position: int = 0  # the shard at which a stream goes on: the largest of all ranks' loaders
+    position: int = 0  # of a stream: the shard at which it goes on, the largest of all ranks
     logged: str = ""  # what log.jsonl holds of the steps so far
 
 
@@ -1206,7 +1214,7 @@ def open_run(config):
             print(f"{out}: holds no checkpoint, so this run starts at step 0")
         return None
     state = read_checkpoint(saved[0])
-    with usable(saved[0]):
+    with usable(saved[0]):  # for the KeyError where one is missing
         state = {name: state[name] for name in SAVED}
     then = plain(state["config"])
     # A run that came to its last step may go on to a later one.
@@ -1233,8 +1241,8 @@ def open_run(config):
 def open_data(config, state, merges=None):
     """state: what open_run found; merges: those of the tokenizer that --init brings
     -> the training Loader with its tokenizer;
-    the config, in which vocab_size is now the tokenizer's, and data and eval_data name the built-in
-    scenes where none were given."""
+    the config, in which vocab_size is now the tokenizer's. Where no data were given, they are now
+    the built-in scenes, and so are eval_data if none were given."""
     rank, world = ranks()
     if config.batch_size % world:
         raise DataError(
@@ -1264,6 +1272,7 @@ def open_data(config, state, merges=None):
         loader.position = state["position"]
         merges = state["merges"]
     if config.method != "mae":
+        # The checkpoint's tokenizer, else --tokenizer, else that of --init, else a learned one.
         if config.tokenizer and not state:
             loader.tokenizer = Tokenizer.load(config.tokenizer)
         elif merges is not None:
@@ -1349,11 +1358,12 @@ def fit(run, net, device, autocast):
     start = run.loader.position if run.loader.stream else run.step
     batches = run.loader.batches(start)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
-    # Steps since the last finite one. After one the weights themselves are in doubt: they are not
-    # saved on the way, and of several processes a signal waits for a finite step, or for the tenth
-    # lost one. At the end one lost step is forgiven, two are not.
+    # How many of the last steps were lost, that is, not finite; 0 after a finite one. Even one may
+    # mean that the weights are bad. So while it is above 0 no checkpoint is saved on the way, and
+    # several processes do not stop for a signal. The tenth ends the run with an error, and so does
+    # the second where the run would end.
     lost = 0
-    # False in the middle of a step, until it is counted: nothing is saved meanwhile.
+    # False while a step is made: what ends the run then must not save half of it.
     whole = True
     # disable=None hides the bar where stderr is no terminal.
     bar = tqdm(

@@ -2140,7 +2140,7 @@ COPIES = {
         "kept_count": "kept_count(100, 0.9)",
         "random_mask": "random_mask(torch.rand(2, 16), 0.75)",
         "caption_end": "caption_end(tokens)",
-        "removed_last": "removed_last(torch.rand(2, 16) < 0.5)",
+        "kept_first": "kept_first(torch.rand(2, 16) < 0.5)",
         "random_text_mask": "random_text_mask(torch.rand(6, 16), tokens, 0.75)",
         "Masked": "Masked(None, None, None, None)",
         "record_mask": "record_mask(torch.tensor([[1]]), torch.tensor([[True, False]]), None)",
