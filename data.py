@@ -5,7 +5,7 @@ caption a line) or KEY.json (its field `caption`). A source is one shard or seve
 paths, globs, numbers as in {000..123}, folders, and pipe:COMMAND, which sends a tar.
 
 The file can be copied out alone and imported. Its commands, `python data.py pack` and others, stand
-in shards.py.
+in files of their own.
 """
 
 import ctypes
@@ -808,7 +808,8 @@ class Loader:
     seed, epoch and sample alone, of a stream also on rank and workers. `stream`: is it one (a
     pipe:, or resample); `position`: the number of the shard at which a stream goes on; `identity`:
     plain values that tell the same data again; `bad`: {cause: samples skipped; a tar that breaks
-    off counts as one}. DataError if less than a batch is usable, or less than is not."""
+    off counts as one}. DataError where too little is usable: of local shards less than a batch,
+    half of the samples or `samples`, of a stream less than half of what was read so far."""
 
     source: str  # or a list
     batch_size: int  # of one rank

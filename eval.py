@@ -400,7 +400,7 @@ def check_samples(dataset, split, read):
 
 def check_sets(sources, method, whole=False):
     """DataError where a set is missing, or a header (whole: an image), class or caption of it does
-    not fit; says which images recall will leave out."""
+    not fit; says how many images recall will leave out."""
     read = data.decode if whole else data.open_image
     for dataset in open_sets(sources):
         name = dataset.name

@@ -21,11 +21,11 @@ By default mae_clip sends each image and its caption through the same weights tw
                                                        +-> decoder --+
                      visible tokens --> text encoder --+             +-> removed tokens: text loss
 
-By default a quarter of the patches is visible in pass 2 and, of a long caption, about a quarter of
-the tokens. A removed patch or token reaches no block of an encoder; the decoder gets a mask token
-in its place. clip is pass 1 alone, mae the image half of pass 2. In m3ae one trunk encodes visible
-patches and visible tokens together. slip is pass 1 and two augmented views that must find each
-other.
+By default a quarter of the patches is visible in pass 2 and, beside a caption's first and last
+token, a quarter of its tokens. A removed patch or token reaches no block of an encoder; the decoder
+gets a mask token in its place. clip is pass 1 alone, mae the image half of pass 2. In m3ae one
+trunk encodes visible patches and visible tokens together. slip is pass 1 and two augmented views
+that must find each other.
 
 Letters for shapes: B batch (G over all ranks), H and W an image's height and width, P a patch's
 side, N patches, T tokens, K kept, R removed, D width, E embedding, V vocabulary. In a mask of
@@ -142,7 +142,7 @@ def sincos_2d(width, rows, cols):
     half holds sines, then cosines, of position / 10000^(k / (width/4)) for k = 0 ... width/4 - 1.
     """
     exponent = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
-    # Which row and which column each patch is in: (rows*cols,) both.
+    # row[n], column[n]: where patch n stands.
     row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).T
     codes = []
     for where in (column, row):
@@ -153,10 +153,15 @@ def sincos_2d(width, rows, cols):
 
 def take(x, index):
     """x (B or 1, N, D), index (B,K) -> (B,K,D): the rows of each sample that index names."""
-    return torch.take_along_dim(x, index[..., None], dim=1)  # broadcast over D
+    return torch.take_along_dim(x, index[..., None], dim=1)  # index stretches over D
 
 
 # --- Masks ----------------------------------------------------------------------------------------
+
+# A mask splits the N positions of a sample, patches or tokens. K are kept: the encoder gets these.
+# R = N - K are removed: the decoder predicts them. K and R are the same for all samples. Of a
+# caption of full length all are needed; in a shorter one padding fills the places that are left in
+# both. Those among the R are called spare: no loss counts what is predicted there.
 
 # A caption is SOT (1), its tokens (3 and up), EOT, padding (0): see Tokenizer in data.py.
 EOT = 2
@@ -205,12 +210,11 @@ def random_text_mask(noise, tokens, ratio):
         mask             -     True  True
 
     Of three tokens one stays, that of rank 0. Of a full caption's fourteen tokens four stay, so
-    with SOT and EOT K is 6, for every caption. keep is what stands left of K's place in
+    with SOT and EOT K is 6, for every caption. keep is the first K positions of
 
         kept_first(mask)    0 1 4 5 6 7 | 8 9 10 11 12 13 14 15 2 3
-                                        K
 
-    and what stands right of it is removed, or spare: padding fills both sides.
+    Padding, from position 5 on, fills keep; 8 to 15 are spare, and 2 and 3 are predicted.
     """
     T = tokens.shape[1]
     position = torch.arange(T, device=tokens.device)
@@ -218,16 +222,16 @@ def random_text_mask(noise, tokens, ratio):
     between = (position > 0) & (position < end)  # (B,T): True strictly between SOT and EOT
     # Positions by their noise. SOT, EOT and padding get 2, above all noise, and so come last.
     by_noise = noise.masked_fill(~between, 2).argsort(dim=1)
-    rank = by_noise.argsort(dim=1)  # (B,T): how many positions have less noise
-    # A table: of n tokens kept_of_length[n] stay, n from 0 to T - 2. It is made in Python, since
-    # the device's float32 might round otherwise than kept_count.
+    rank = by_noise.argsort(dim=1)  # (B,T): the place of each position in by_noise
+    # kept_of_length[n]: how many of n tokens stay, n from 0 to T - 2. The table is made in Python,
+    # since the device's float32 might round otherwise than kept_count.
     kept_of_length = [kept_count(length, ratio) for length in range(T - 1)]
     # Between SOT, at 0, and EOT, at `end`, stand end - 1 tokens.
     kept = torch.tensor(kept_of_length, device=tokens.device)[end - 1]  # (B,1)
     mask = between & (rank >= kept)
-    # Of a full caption K positions stay (SOT and EOT among them) and T - K are removed; a shorter
-    # one has no more of either. So the first K of kept_first(mask) hold all that stays, the last
-    # T - K all that is removed, and padding fills the middle.
+    # Of a full caption K positions stay, SOT and EOT among them, and R = T - K are removed. Of a
+    # shorter one at most K stay and at most R are removed. So the first K of kept_first(mask) hold
+    # all that stays, and the last R all that is removed.
     K = 2 + kept_of_length[-1]
     return kept_first(mask)[:, :K], mask
 
@@ -235,13 +239,12 @@ def random_text_mask(noise, tokens, ratio):
 class Masked(NamedTuple):
     """What the masked pass knows of one modality (N stands for patches or tokens).
 
-    keep and removed are together all N positions. R is what a full caption loses. A shorter one may
-    lose fewer: then `removed` begins with spare slots, positions of padding, where `mask` is False
-    and no loss counts.
+    keep and removed are together all N positions. Where a short caption leaves spare positions,
+    `removed` begins with them, and `mask` is False there.
     """
 
     keep: torch.Tensor  # (B,K) positions that the encoder gets
-    removed: torch.Tensor  # (B,R) all others, R = N - K: to predict, or spare
+    removed: torch.Tensor  # (B,R) all others, R = N - K: spare, or to be predicted
     real: torch.Tensor  # (B,N) bool, False at padding; None for patches, which have none
     mask: torch.Tensor  # (B,N) bool, True where removed
 
@@ -249,7 +252,8 @@ class Masked(NamedTuple):
 def record_mask(keep, mask, real):
     """keep (B,K), mask (B,N), real (B,N) or None -> Masked."""
     K = keep.shape[1]
-    # The first K are the positions of keep (random_mask gives them in another order).
+    # The first K positions of kept_first(mask) are those of keep, which for patches has another
+    # order.
     return Masked(keep, kept_first(mask)[:, K:], real, mask)
 
 
@@ -268,7 +272,8 @@ class Attention(nn.Module):
     def forward(self, x, real):
         """x (B,T,D), real (B,T) bool: what may be attended to, or None for all -> (B,T,D)."""
         qkv = self.qkv(x).unflatten(-1, (3 * self.heads, -1))  # (B,T,3*heads,D/heads)
-        q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # each (B,heads,T,D/heads)
+        # The heads of q, then those of k, then those of v: each (B,heads,T,D/heads).
+        q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)
         # (B,1,1,T): nothing attends to padding.
         attendable = None if real is None else real[:, None, None]
         if q.is_cpu:
@@ -329,10 +334,10 @@ class ImageEncoder(nn.Module):
         patch = config.patch_size
         side = config.side()
         self.patch_size = patch
-        # Never called: forward multiplies by its weight, to which it gives timm's name and shape.
+        # A convolution for the sake of timm's name and shape: forward takes its weight alone.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        # CLS has no position, so zeros (in a ViT of timm's, see --init, not); then the patches.
+        # The position of CLS is zero (weights of a timm ViT, by --init, may have another one).
         position = torch.cat([torch.zeros(1, width), sincos_2d(width, side, side)])
         self.pos_embed = nn.Buffer(position[None])  # (1,1+N,D)
         self.blocks = make_blocks(width, config.heads, config.depth)
@@ -351,7 +356,7 @@ class ImageEncoder(nn.Module):
         if keep is not None:  # here a removed patch leaves, before it is projected
             x = take(x, keep)  # (B,K,P*P*3)
             position = take(position, keep)
-        # A convolution would do this to each patch. Its weight in the order of patchify's values:
+        # The weight's values in the order of patchify's: so the product is the convolution.
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D,P*P*3), channel fastest
         x = F.linear(x, weight, proj.bias) + position  # (B,K,D)
         cls = self.cls_token + self.pos_embed[:, :1]
@@ -431,8 +436,8 @@ class Modality(nn.Module):
         the positions added."""
         N = masked.mask.shape[1]
         kept = self.embed(encoded)
-        # Mask tokens, of which those in kept places are then replaced. scatter needs one type, and
-        # under autocast kept is in bfloat16.
+        # Mask tokens everywhere; then scatter writes the kept tokens into their places. It needs
+        # one type, and under autocast kept is in bfloat16.
         x = self.mask_token.to(kept.dtype).expand(len(kept), N, -1)
         index = masked.keep.unsqueeze(-1).expand_as(kept)
         return x.scatter(1, index, kept) + self.position[:, :N]
@@ -479,7 +484,7 @@ class Decoder(nn.Module):
         # Only the R slots go through the heads: what was kept needs no prediction.
         pixels = logits = None
         if image_masked is not None:
-            # After CLS come the patches first, so their positions hold in x[:, 1:], too.
+            # x[:, 1:] begins with the N patches, in order.
             pixels = self.image.head(take(x[:, 1:], image_masked.removed))
         if text_masked is not None:
             logits = self.text.head(take(x[:, text_start:], text_masked.removed))
@@ -522,8 +527,9 @@ def patch_targets(patches, normalise=True):
     """The target of the image loss: patches (...,P*P*3) -> the same shape. MAE normalises each
     patch by its own mean and unbiased variance (+1e-6).
 
-    For another target of that shape, computed from each patch alone, change this function and, for
-    pictures, its inverse: panels in pictures.py."""
+    To predict something else of the same shape, change this and, for pictures, its inverse, panels
+    in pictures.py. For another width change the decoder's head, too, and where MAECLIP calls
+    patchify."""
     patches = at_least_float32(patches)
     if not normalise:
         return patches
@@ -543,8 +549,8 @@ def text_error(logits, tokens):
 
 
 def masked_mean(errors, mask):
-    """Mean of errors (...) where mask (...) is True, over all ranks -> 0-d; 0 where it is True
-    nowhere."""
+    """Mean of errors (...) where mask (...) is True, over all ranks -> 0-d; 0 where no mask is
+    True."""
     total = of_all_ranks(errors.where(mask, 0).sum()).sum()
     count = of_all_ranks(mask.sum()).sum()
     return total / count.clamp(min=1)
@@ -568,10 +574,9 @@ def simclr_loss(a, b, temperature=0.1):
 
 
 # Why n GPUs give the loss and the gradient of one, if each has as many rows as the others.
-# Forward. Each rank computes a part of the loss from its own rows: features of images, captions or
-# views, or errors of removed positions. Where rows must find each other, it gathers those of all
-# ranks. of_all_ranks gathers the parts. Their mean is the loss L of the whole batch, one number on
-# all ranks. (masked_mean gathers sums and counts instead, and divides the one by the other.)
+# Forward. Each rank computes its own rows' part of the loss; where rows must find each other, it
+# gathers those of all ranks. of_all_ranks gathers the parts. Their mean is the loss L of the whole
+# batch, one number on all ranks. (masked_mean divides the sum of all errors by that of all counts.)
 # Backward. p_r is rank r's copy of a parameter p; L depends on all copies, through the gathers.
 #     dL/dp = sum over r of dL/dp_r             the gradient of one GPU with all rows
 #     p_r.grad = d(L + ... + L)/dp_r = n dL/dp_r      since all n ranks call backward on L
@@ -589,7 +594,7 @@ def gather(x):
     """(B,...) -> (G,...): the rows of all ranks, in their order, with gradient."""
     if not dist.is_initialized():
         return x
-    # chunk(1)[0] changes nothing but the gradient's memory: it becomes contiguous, as all_gather
+    # chunk(1)[0] is for the backward pass alone: it makes the gradient contiguous, as all_gather
     # needs it before torch 2.13.
     return all_gather(x, 0, dist.group.WORLD).chunk(1)[0]
 
@@ -601,7 +606,7 @@ def own_rows(x):
 
 
 def of_all_ranks(x):
-    """() -> (ranks,): the numbers that the ranks have, in their order, with gradient."""
+    """x (), one number on each rank -> (ranks,): all of them, in order, with gradient."""
     return gather(x.view(1))
 
 
@@ -631,10 +636,10 @@ def simclr_head(width):
 class MAECLIP(nn.Module):
     """The five methods over one set of parts.
 
-    A term of weight 0 is not computed. A part that only such terms need is not built; the image
-    encoder always is. Weights are drawn by name, and masks are decided by the noise that is passed
-    in. So what is not built changes neither the weights nor the masks of the rest: mae_clip with
-    both reconstruction weights 0 is clip, on a CPU bit for bit.
+    A term of weight 0 is not computed, and a part that only such terms need is not built. The image
+    encoder is always built. Weights are drawn by name, and masks are decided by the noise that is
+    passed in. So what is not built changes neither the weights nor the masks of the rest: mae_clip
+    with both reconstruction weights 0 is clip, on a CPU bit for bit.
     """
 
     def __init__(self, config):
@@ -705,7 +710,7 @@ class MAECLIP(nn.Module):
     def masked_pass(self, images, tokens, image_noise, text_noise):
         """Removes patches and tokens, encodes what is left, predicts the rest -> five things:
         image_masked, text_masked: Masked; None for a modality that is not reconstructed;
-        encoded_image: (B,1+K,D), or None; pass 1 may use it, too;
+        encoded_image: (B,1+K,D), or None; pass 1 uses it, too, if it masks equally many patches;
         pixels, logits: as from Decoder."""
         image_masked = text_masked = encoded_image = encoded_text = None
         if "image" in self.terms:
@@ -742,11 +747,11 @@ class MAECLIP(nn.Module):
         if image_masked is not None:
             removed = take(patchify(images, config.patch_size), image_masked.removed)  # (B,R,P*P*3)
             found["image_error"] = image_error(pixels, removed, config.norm_pix)  # (B,R)
-            # (B,R), all True: patches leave no spare slots. So both errors go through masked_mean.
+            # (B,R), all True, as no patch is spare: masked_mean wants it for both modalities.
             found["image_counted"] = torch.ones_like(found["image_error"], dtype=torch.bool)
         if text_masked is not None:
             found["text_error"] = text_error(logits, tokens.gather(1, text_masked.removed))  # (B,R)
-            # (B,R), False at spare slots
+            # (B,R), False at spare positions
             found["text_counted"] = text_masked.mask.gather(1, text_masked.removed)
         if "contrastive" in self.terms:
             ratio = config.contrastive_mask_ratio
@@ -756,8 +761,8 @@ class MAECLIP(nn.Module):
                 # The same noise and ratio leave the same patches: pass 2 has encoded them already.
                 encoded = encoded_image
             else:
-                # Pass 2, where there is one, uses the same noise: so the pass that keeps fewer
-                # patches keeps some of the other's.
+                # Both passes rank patches by the same noise: the fewer that one keeps are among
+                # those that the other keeps.
                 keep, _ = random_mask(image_noise, ratio)
                 encoded = self.image_encoder(images, keep)
             found["image_features"] = self.image_feature(encoded)  # (B,E)
@@ -841,7 +846,7 @@ class MAECLIP(nn.Module):
             found["image"] = patches.scatter(1, index, pixels.to(patches.dtype))
             found["image_mask"] = image_masked.mask
         if text_masked is not None:
-            # This writes guesses into spare slots, too; `where` puts the caption's tokens back.
+            # This writes guesses into spare positions, too; `where` puts the caption's back.
             guess = tokens.scatter(1, text_masked.removed, logits.argmax(dim=-1))
             found["text"] = guess.where(text_masked.mask, tokens)
             found["text_mask"] = text_masked.mask
@@ -934,7 +939,7 @@ class Config(ModelConfig):
     scenes: int = 40_000  # built-in data: training images
     data_seed: int = 0  # built-in data: its seed, which also fixes the pairs never trained on
     workers: int = 1  # processes that decode ahead
-    crop: float = 1.0  # least area of a random crop, before it is cut to fit; 1: centre crop
+    crop: float = 1.0  # least share of the area in a random crop, if it fits; 1: centre crop
     steps: int = 450  # optimiser steps
     stop_after: int = 0  # save and stop after so many steps in all; 0: at --steps
     batch_size: int = 256  # pairs a step, over all processes
@@ -1050,8 +1055,8 @@ def learning_rate(step, config):
 class Muon(torch.optim.Optimizer):
     """Moves matrices along their orthogonalised momentum (Jordan et al. 2024), by steps of
     AdamW's size. torch.optim.Muon computes in bfloat16, which CPUs without AVX512-BF16 or AMX
-    emulate: on one of these its step at `small` took two seconds. This one computes in float32:
-    0.03 to 0.6 seconds on the same machine."""
+    emulate. On such a CPU torch's took two seconds for a step at `small`, and this one, in float32,
+    0.03 to 0.6."""
 
     @torch.no_grad()
     def step(self):
@@ -1063,8 +1068,8 @@ class Muon(torch.optim.Optimizer):
             momentum.lerp_(gradient, 0.05)  # 0.95 momentum + 0.05 gradient
             # Nesterov's look ahead: 0.95 of the new momentum + 0.05 gradient.
             direction = orthogonalise(gradient.lerp(momentum, 0.95))
-            # The entries of an orthogonal matrix have a root mean square of 1 / sqrt(longer side).
-            # Times this size it is 0.2, about that of a step of AdamW.
+            # The entries of `direction` have a root mean square of 1 / sqrt(longer side). `size`
+            # makes it 0.2, which is about AdamW's.
             size = 0.2 * max(parameter.shape) ** 0.5
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.sub_(direction, alpha=group["lr"] * size)
@@ -1131,9 +1136,8 @@ def compile_blocks(model, config, device):
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 # The settings that may differ between a run and its continuation with --resume. All others must be
-# the same, but that a run that came to its last step may be given more --steps. The path --data may
-# be another, the samples may not: open_data compares the shards' sizes and the samples' keys and
-# captions (of a stream the shards' names). The tokenizer is the checkpoint's, and so is vocab_size.
+# the same; --steps may grow once a run has come to its last step. --data may be another path to the
+# same samples: open_data compares these. The tokenizer, and so vocab_size, is the checkpoint's.
 MAY_CHANGE = """
     out resume init device precision compile log_every save_every data eval_data eval_every workers
     stop_after tokenizer vocab_size accumulate
@@ -1184,13 +1188,14 @@ def read_checkpoint(path):
     """What save_checkpoint wrote, its config as Config; DataError where that cannot be."""
     with usable(path):
         state = load_whole(path)
+        state = {name: state[name] for name in SAVED}  # KeyError where one is missing
         return state | {"config": Config(**state["config"])}
 
 
 def load(path, device="cpu"):
     """path of a checkpoint, or of a run's folder, which stands for its newest -> the model in eval
     mode, its tokenizer (None for mae) and its Config."""
-    newest, *_ = checkpoints(path) or [path]
+    newest = (checkpoints(path) or [path])[0]
     state = read_checkpoint(newest)
     with usable(newest):
         model = MAECLIP(state["config"])
@@ -1214,8 +1219,6 @@ def open_run(config):
             print(f"{out}: holds no checkpoint, so this run starts at step 0")
         return None
     state = read_checkpoint(saved[0])
-    with usable(saved[0]):  # for the KeyError where one is missing
-        state = {name: state[name] for name in SAVED}
     then = plain(state["config"])
     # A run that came to its last step may go on to a later one.
     longer = state["step"] == then["steps"] < config.steps
@@ -1241,8 +1244,8 @@ def open_run(config):
 def open_data(config, state, merges=None):
     """state: what open_run found; merges: those of the tokenizer that --init brings
     -> the training Loader with its tokenizer;
-    the config, in which vocab_size is now the tokenizer's. Where no data were given, they are now
-    the built-in scenes, and so are eval_data if none were given."""
+    the config: its vocab_size is now the tokenizer's; without --data, its data and (unless they are
+    given) eval_data are the built-in scenes."""
     rank, world = ranks()
     if config.batch_size % world:
         raise DataError(
@@ -1358,10 +1361,8 @@ def fit(run, net, device, autocast):
     start = run.loader.position if run.loader.stream else run.step
     batches = run.loader.batches(start)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
-    # How many of the last steps were lost, that is, not finite; 0 after a finite one. Even one may
-    # mean that the weights are bad. So while it is above 0 no checkpoint is saved on the way, and
-    # several processes do not stop for a signal. The tenth ends the run with an error, and so does
-    # the second where the run would end.
+    # How many steps were lost, that is, not finite, since the last finite one: while there are any,
+    # the weights may be bad.
     lost = 0
     # False while a step is made: what ends the run then must not save half of it.
     whole = True
@@ -1379,11 +1380,12 @@ def fit(run, net, device, autocast):
                 with signals.interruptible():
                     batch = next(batches)
                 waited += time.time() - fetching
-                # Before each step every rank learns whether a signal came to any, so that all stop
-                # at the same step, and the largest position in a stream.
+                # Before each step every rank learns two things of all ranks: the largest number of
+                # a signal, so that all stop at the same step, and the largest position in a stream.
                 own = torch.tensor([[signals.came, run.loader.position]], device=device)
-                stopped, run.position = gather(own).amax(dim=0).tolist()
-                if stopped and not lost:
+                came, run.position = gather(own).amax(dim=0).tolist()
+                if came and not lost:
+                    stopped = came
                     break
                 for optimizer in run.optimizers:
                     for group in optimizer.param_groups:
@@ -1417,12 +1419,14 @@ def fit(run, net, device, autocast):
                         f"step {run.step}: none of the last {lost} was finite (loss and gradient); "
                         "begin anew, with lower --lr and another --out"
                     )
+                # At the last step `finally` saves.
                 due = run.step % config.save_every == 0 and run.step < last
-                if rank == 0 and due and not lost:  # at the last step `finally` saves
+                if rank == 0 and due and not lost:
                     save_checkpoint(run)
         except Interrupted:
             stopped = signals.came
-        finally:  # whatever ended the loop, unless that came in the middle of a step
+        finally:
+            # Whatever ended the loop; but never half a step, nor after two lost ones.
             if rank == 0 and whole and lost < 2:
                 save_checkpoint(run)
     return stopped
@@ -1471,7 +1475,7 @@ def train_in_folder(config, device, autocast):
     if rank == 0:
         out = Path(config.out)
         write_whole(out / "config.json", json.dumps(plain(config), indent=1))
-        # Without what was logged after the checkpoint: those steps come again.
+        # Lines of steps after the checkpoint are dropped: these steps come again.
         write_whole(out / "log.jsonl", run.logged)
         announce(run, device, autocast, learning_rate(run.step, config))
     stopped = fit(run, net, device, autocast)
@@ -1525,8 +1529,7 @@ def main(argv=None):
     """Runs the command line: exit code 0 when done, 2 where what was given (or a file) does not
     work, 128 + n when signal n ended it."""
     try:
-        # Joined before anything can fail, even parse: the others would wait for one that never
-        # comes.
+        # The group is joined first: if a process failed before, even in parse, others would wait.
         with process_group():
             code = train(parse(argv))
         sys.exit(code)
