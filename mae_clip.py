@@ -1188,14 +1188,13 @@ def read_checkpoint(path):
     """What save_checkpoint wrote, its config as Config; DataError where that cannot be."""
     with usable(path):
         state = load_whole(path)
-        state = {name: state[name] for name in SAVED}  # KeyError where one is missing
         return state | {"config": Config(**state["config"])}
 
 
 def load(path, device="cpu"):
     """path of a checkpoint, or of a run's folder, which stands for its newest -> the model in eval
     mode, its tokenizer (None for mae) and its Config."""
-    newest = (checkpoints(path) or [path])[0]
+    newest, *_ = checkpoints(path) or [path]  # the first of a folder's; or the file itself
     state = read_checkpoint(newest)
     with usable(newest):
         model = MAECLIP(state["config"])
@@ -1219,6 +1218,8 @@ def open_run(config):
             print(f"{out}: holds no checkpoint, so this run starts at step 0")
         return None
     state = read_checkpoint(saved[0])
+    with usable(saved[0]):  # a missing entry is a KeyError in here
+        state = {name: state[name] for name in SAVED}
     then = plain(state["config"])
     # A run that came to its last step may go on to a later one.
     longer = state["step"] == then["steps"] < config.steps
@@ -1514,8 +1515,7 @@ def parse(argv=None):
     for kind in (ModelConfig, Config):
         group = parser.add_argument_group(f"{kind.__name__} (in brackets the defaults of small)")
         # A field stands on one line of the class; the comment after it is its flag's help.
-        lines = re.findall(r"(?m)^    (\w+): .*?  # (.*)$", inspect.getsource(kind))
-        for name, text in lines:
+        for name, text in re.findall(r"(?m)^    (\w+): .*?  # (.*)$", inspect.getsource(kind)):
             setting = Config.__dataclass_fields__[name]
             options = {"type": setting.type}
             if setting.type in (bool, bool | None):
