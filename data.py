@@ -809,7 +809,7 @@ class Loader:
     pipe:, or resample); `position`: the number of the shard at which a stream goes on; `identity`:
     plain values that tell the same data again; `bad`: {cause: samples skipped; a tar that breaks
     off counts as one}. DataError where too little is usable: of local shards less than a batch,
-    half of the samples or `samples`, of a stream less than half of what was read so far."""
+    half of the samples or `samples`; while reading, if more than 99 and more than half are not."""
 
     source: str  # or a list
     batch_size: int  # of one rank

@@ -22,13 +22,13 @@ By default mae_clip sends each image and its caption through the same weights tw
                      visible tokens --> text encoder --+             +-> removed tokens: text loss
 
 By default a quarter of the patches is visible in pass 2 and, beside a caption's first and last
-token, a quarter of its tokens. A removed patch or token reaches no block of an encoder; the decoder
-gets a mask token in its place. clip is pass 1 alone, mae the image half of pass 2. In m3ae one
-trunk encodes visible patches and visible tokens together. slip is pass 1 and two augmented views
-that must find each other.
+token, a quarter of its tokens. There no removed patch or token reaches a block of an encoder; the
+decoder gets a mask token in its place. clip is pass 1 alone, mae the image half of pass 2. In m3ae
+one trunk encodes visible patches and visible tokens together. slip is pass 1 and two augmented
+views that must find each other.
 
 Letters for shapes: B batch (G over all ranks), H and W an image's height and width, P a patch's
-side, N patches, T tokens, K kept, R removed, D width, E embedding, V vocabulary. In a mask of
+side, N patches, T tokens, K kept, R the rest, D width, E embedding, V vocabulary. In a mask of
 patches or tokens True means removed. All down to the double line is the method and needs torch
 alone; below it stands its training.
 """
@@ -158,10 +158,10 @@ def take(x, index):
 
 # --- Masks ----------------------------------------------------------------------------------------
 
-# A mask splits the N positions of a sample, patches or tokens. K are kept: the encoder gets these.
-# R = N - K are removed: the decoder predicts them. K and R are the same for all samples. Of a
-# caption of full length all are needed; in a shorter one padding fills the places that are left in
-# both. Those among the R are called spare: no loss counts what is predicted there.
+# A mask splits the N positions of a sample, patches or tokens, in two groups. The encoder gets those
+# that are kept, K of them. The rest, R = N - K, are removed, and the decoder predicts them. K and R
+# are the same for all samples. A full caption needs all places of both groups. In a shorter one
+# padding fills up both. In the rest it is called spare: mask is False there, and no loss counts it.
 
 # A caption is SOT (1), its tokens (3 and up), EOT, padding (0): see Tokenizer in data.py.
 EOT = 2
@@ -214,7 +214,7 @@ def random_text_mask(noise, tokens, ratio):
 
         kept_first(mask)    0 1 4 5 6 7 | 8 9 10 11 12 13 14 15 2 3
 
-    Padding, from position 5 on, fills keep; 8 to 15 are spare, and 2 and 3 are predicted.
+    Padding, from position 5 on, fills up keep. In the rest 8 to 15 are spare, 2 and 3 removed.
     """
     T = tokens.shape[1]
     position = torch.arange(T, device=tokens.device)
@@ -229,9 +229,9 @@ def random_text_mask(noise, tokens, ratio):
     # Between SOT, at 0, and EOT, at `end`, stand end - 1 tokens.
     kept = torch.tensor(kept_of_length, device=tokens.device)[end - 1]  # (B,1)
     mask = between & (rank >= kept)
-    # Of a full caption K positions stay, SOT and EOT among them, and R = T - K are removed. Of a
-    # shorter one at most K stay and at most R are removed. So the first K of kept_first(mask) hold
-    # all that stays, and the last R all that is removed.
+    # Of a full caption K positions stay, SOT and EOT among them, and R = T - K are removed. With
+    # each token less one less stays or one less is removed: never more. So the first K of
+    # kept_first(mask) hold all that stays, and the last R all that is removed.
     K = 2 + kept_of_length[-1]
     return kept_first(mask)[:, :K], mask
 
@@ -239,12 +239,12 @@ def random_text_mask(noise, tokens, ratio):
 class Masked(NamedTuple):
     """What the masked pass knows of one modality (N stands for patches or tokens).
 
-    keep and removed are together all N positions. Where a short caption leaves spare positions,
-    `removed` begins with them, and `mask` is False there.
+    keep and rest are together all N positions. In rest the spare ones of a short caption come
+    first, and mask is False there; it is True at all others of rest, and nowhere in keep.
     """
 
     keep: torch.Tensor  # (B,K) positions that the encoder gets
-    removed: torch.Tensor  # (B,R) all others, R = N - K: spare, or to be predicted
+    rest: torch.Tensor  # (B,R) all other positions, R = N - K: spare or removed
     real: torch.Tensor  # (B,N) bool, False at padding; None for patches, which have none
     mask: torch.Tensor  # (B,N) bool, True where removed
 
@@ -252,8 +252,7 @@ class Masked(NamedTuple):
 def record_mask(keep, mask, real):
     """keep (B,K), mask (B,N), real (B,N) or None -> Masked."""
     K = keep.shape[1]
-    # The first K positions of kept_first(mask) are those of keep, which for patches has another
-    # order.
+    # The first K of kept_first(mask) are keep again (that of patches has another order).
     return Masked(keep, kept_first(mask)[:, K:], real, mask)
 
 
@@ -334,7 +333,7 @@ class ImageEncoder(nn.Module):
         patch = config.patch_size
         side = config.side()
         self.patch_size = patch
-        # A convolution for the sake of timm's name and shape: forward takes its weight alone.
+        # Timm's name and shape; never called, since forward makes a matrix product of it.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         # The position of CLS is zero (weights of a timm ViT, by --init, may have another one).
@@ -382,7 +381,7 @@ class TextEmbedding(nn.Module):
     def forward(self, tokens, keep=None):
         """tokens (B,T), keep (B,K) positions that are seen, or None for all -> (B,T or K,D)."""
         x = self.token(tokens) + self.position[:, : tokens.shape[1]]
-        if keep is not None:  # here a removed token leaves (to look it up cost next to nothing)
+        if keep is not None:  # here a removed token leaves (looking it up was cheap)
             x = take(x, keep)
         return x
 
@@ -465,7 +464,7 @@ class Decoder(nn.Module):
         encoded_image: (B,1+K,D), CLS first;
         text_masked: Masked, of tokens;
         encoded_text: (B,K,D), where K and D are the text's own
-        -> pixels (B,R,P*P*3), logits (B,R,V): predictions for the positions in `removed`.
+        -> pixels (B,R,P*P*3), logits (B,R,V): predictions for the positions in `rest`.
         For a modality that is not decoded its two arguments and its prediction are None."""
         parts = []
         if image_masked is not None:
@@ -485,9 +484,9 @@ class Decoder(nn.Module):
         pixels = logits = None
         if image_masked is not None:
             # x[:, 1:] begins with the N patches, in order.
-            pixels = self.image.head(take(x[:, 1:], image_masked.removed))
+            pixels = self.image.head(take(x[:, 1:], image_masked.rest))
         if text_masked is not None:
-            logits = self.text.head(take(x[:, text_start:], text_masked.removed))
+            logits = self.text.head(take(x[:, text_start:], text_masked.rest))
         return pixels, logits
 
 
@@ -528,8 +527,7 @@ def patch_targets(patches, normalise=True):
     patch by its own mean and unbiased variance (+1e-6).
 
     To predict something else of the same shape, change this and, for pictures, its inverse, panels
-    in pictures.py. For another width change the decoder's head, too, and where MAECLIP calls
-    patchify."""
+    in pictures.py. For a target of another width see docs/exercises/teacher.patch."""
     patches = at_least_float32(patches)
     if not normalise:
         return patches
@@ -594,8 +592,8 @@ def gather(x):
     """(B,...) -> (G,...): the rows of all ranks, in their order, with gradient."""
     if not dist.is_initialized():
         return x
-    # chunk(1)[0] is for the backward pass alone: it makes the gradient contiguous, as all_gather
-    # needs it before torch 2.13.
+    # chunk(1)[0] is for the backward pass: there it concatenates, so the gradient is contiguous, as
+    # all_gather needs it before torch 2.13.
     return all_gather(x, 0, dist.group.WORLD).chunk(1)[0]
 
 
@@ -710,7 +708,7 @@ class MAECLIP(nn.Module):
     def masked_pass(self, images, tokens, image_noise, text_noise):
         """Removes patches and tokens, encodes what is left, predicts the rest -> five things:
         image_masked, text_masked: Masked; None for a modality that is not reconstructed;
-        encoded_image: (B,1+K,D), or None; pass 1 uses it, too, if it masks equally many patches;
+        encoded_image: (B,1+K,D), or None; pass 1 may use it, too (see outputs);
         pixels, logits: as from Decoder."""
         image_masked = text_masked = encoded_image = encoded_text = None
         if "image" in self.terms:
@@ -719,7 +717,7 @@ class MAECLIP(nn.Module):
         if "text" in self.terms:
             keep, mask = random_text_mask(text_noise, tokens, self.config.text_mask_ratio)
             text_masked = record_mask(keep, mask, no_padding(tokens))
-        if self.one_trunk:  # m3ae, with an image weight above 0: Config below refuses others
+        if self.one_trunk:  # m3ae: image_masked is there, as Config refuses m3ae without it
             words = self.text_embed(tokens, text_masked.keep)
             both = self.image_encoder(
                 images, image_masked.keep, words, no_padding(tokens, text_masked.keep)
@@ -745,14 +743,14 @@ class MAECLIP(nn.Module):
                 images, tokens, image_noise, text_noise
             )
         if image_masked is not None:
-            removed = take(patchify(images, config.patch_size), image_masked.removed)  # (B,R,P*P*3)
-            found["image_error"] = image_error(pixels, removed, config.norm_pix)  # (B,R)
+            patches = take(patchify(images, config.patch_size), image_masked.rest)  # (B,R,P*P*3)
+            found["image_error"] = image_error(pixels, patches, config.norm_pix)  # (B,R)
             # (B,R), all True, as no patch is spare: masked_mean wants it for both modalities.
             found["image_counted"] = torch.ones_like(found["image_error"], dtype=torch.bool)
         if text_masked is not None:
-            found["text_error"] = text_error(logits, tokens.gather(1, text_masked.removed))  # (B,R)
+            found["text_error"] = text_error(logits, tokens.gather(1, text_masked.rest))  # (B,R)
             # (B,R), False at spare positions
-            found["text_counted"] = text_masked.mask.gather(1, text_masked.removed)
+            found["text_counted"] = text_masked.mask.gather(1, text_masked.rest)
         if "contrastive" in self.terms:
             ratio = config.contrastive_mask_ratio
             if ratio == 0:
@@ -761,8 +759,7 @@ class MAECLIP(nn.Module):
                 # The same noise and ratio leave the same patches: pass 2 has encoded them already.
                 encoded = encoded_image
             else:
-                # Both passes rank patches by the same noise: the fewer that one keeps are among
-                # those that the other keeps.
+                # By the same noise as pass 2: the smaller set of kept patches is part of the other.
                 keep, _ = random_mask(image_noise, ratio)
                 encoded = self.image_encoder(images, keep)
             found["image_features"] = self.image_feature(encoded)  # (B,E)
@@ -842,12 +839,12 @@ class MAECLIP(nn.Module):
             "text_mask": torch.zeros_like(tokens, dtype=torch.bool),
         }
         if image_masked is not None:
-            index = image_masked.removed.unsqueeze(-1).expand_as(pixels)
+            index = image_masked.rest.unsqueeze(-1).expand_as(pixels)
             found["image"] = patches.scatter(1, index, pixels.to(patches.dtype))
             found["image_mask"] = image_masked.mask
         if text_masked is not None:
             # This writes guesses into spare positions, too; `where` puts the caption's back.
-            guess = tokens.scatter(1, text_masked.removed, logits.argmax(dim=-1))
+            guess = tokens.scatter(1, text_masked.rest, logits.argmax(dim=-1))
             found["text"] = guess.where(text_masked.mask, tokens)
             found["text_mask"] = text_masked.mask
         return found
@@ -1245,8 +1242,8 @@ def open_run(config):
 def open_data(config, state, merges=None):
     """state: what open_run found; merges: those of the tokenizer that --init brings
     -> the training Loader with its tokenizer;
-    the config: its vocab_size is now the tokenizer's; without --data, its data and (unless they are
-    given) eval_data are the built-in scenes."""
+    the config. Its vocab_size is now the tokenizer's. Without --data its data are the built-in
+    scenes, and so are its eval_data unless they are given."""
     rank, world = ranks()
     if config.batch_size % world:
         raise DataError(
@@ -1362,8 +1359,8 @@ def fit(run, net, device, autocast):
     start = run.loader.position if run.loader.stream else run.step
     batches = run.loader.batches(start)
     since, waited, rows, stopped = time.time(), 0.0, [], 0
-    # How many steps were lost, that is, not finite, since the last finite one: while there are any,
-    # the weights may be bad.
+    # How many steps were lost, that is, not finite, since the last finite one. Bad weights may be
+    # the reason; so while there are any, nothing is saved on the way and no stop is agreed on.
     lost = 0
     # False while a step is made: what ends the run then must not save half of it.
     whole = True
@@ -1415,6 +1412,7 @@ def fit(run, net, device, autocast):
                         )
                     write_record(run, {"step": run.step, "validation": found})
                     since += time.time() - began  # training has not gone on meanwhile
+                # Ten are no accident; nor, where no finite step can follow, are two.
                 if lost == 10 or (lost > 1 and run.step == last):
                     raise DataError(
                         f"step {run.step}: none of the last {lost} was finite (loss and gradient); "
@@ -1427,7 +1425,8 @@ def fit(run, net, device, autocast):
         except Interrupted:
             stopped = signals.came
         finally:
-            # Whatever ended the loop; but never half a step, nor after two lost ones.
+            # Whatever ended the loop. But never half a step, nor after two lost ones; a single one
+            # may be an accident.
             if rank == 0 and whole and lost < 2:
                 save_checkpoint(run)
     return stopped

@@ -510,7 +510,7 @@ def test_all_removed_tokens_fit_in_their_slots_for_every_length_and_ratio(contex
         keep, mask = random_text_mask(noise, tokens, percent / 100)
         masked = record_mask(keep, mask, None)
         for length in lengths:
-            slots = masked.removed[length].tolist()
+            slots = masked.rest[length].tolist()
             assert set(mask[length].nonzero().flatten().tolist()) <= set(slots)
             # Each position is either kept or in a slot, and what is spare is padding.
             assert sorted(keep[length].tolist() + slots) == list(range(context))
@@ -521,7 +521,7 @@ def test_a_record_of_a_mask_lists_exactly_the_removed_patches():
     keep, mask = random_mask(torch.rand(5, 16), 0.6)
     masked = record_mask(keep, mask, None)
     for row in range(5):
-        assert sorted(masked.removed[row].tolist()) == mask[row].nonzero().flatten().tolist()
+        assert sorted(masked.rest[row].tolist()) == mask[row].nonzero().flatten().tolist()
 
 
 def test_a_record_of_a_mask_cannot_be_changed():
@@ -784,13 +784,13 @@ def test_the_decoder_agrees_with_a_loop_that_puts_each_kept_one_and_each_mask_to
         for block in decoder.blocks:
             x = block(x, None)
         x = decoder.norm(x)[0]
-        for slot in range(image.removed.shape[1]):
-            wanted = decoder.image.head(x[1 + image.removed[row, slot]])
+        for slot in range(image.rest.shape[1]):
+            wanted = decoder.image.head(x[1 + image.rest[row, slot]])
             assert torch.allclose(pixels[row, slot], wanted, atol=1e-5)
         if text is None:
             continue
-        for slot in range(text.removed.shape[1]):
-            t = text.removed[row, slot]
+        for slot in range(text.rest.shape[1]):
+            t = text.rest[row, slot]
             if text.mask[row, t]:
                 wanted = decoder.text.head(x[1 + 16 + t])
                 assert torch.allclose(logits[row, slot], wanted, atol=1e-5)
@@ -1076,7 +1076,7 @@ def test_reconstruct_shows_the_likeliest_word_where_one_was_removed_and_elsewher
     assert torch.equal(found["text"][~mask], tokens[~mask])
     _, text, _, _, logits = model.masked_pass(images, tokens, image_noise, text_noise)
     for row in range(6):
-        for slot, t in enumerate(text.removed[row].tolist()):
+        for slot, t in enumerate(text.rest[row].tolist()):
             if mask[row, t]:
                 assert found["text"][row, t] == logits[row, slot].argmax()
 
@@ -1169,7 +1169,7 @@ def test_the_text_term_is_the_mean_cross_entropy_of_the_removed_words(method):
     _, text, _, _, logits = model.masked_pass(images, tokens, image_noise, text_noise)
     errors = []
     for row in range(6):
-        for slot, t in enumerate(text.removed[row].tolist()):
+        for slot, t in enumerate(text.rest[row].tolist()):
             if text.mask[row, t]:
                 errors.append(-logits[row, slot].log_softmax(dim=0)[tokens[row, t]].item())
     assert len(errors) == text.mask.sum()
