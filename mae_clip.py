@@ -158,10 +158,11 @@ def take(x, index):
 
 # --- Masks ----------------------------------------------------------------------------------------
 
-# A mask splits the N positions of a sample, patches or tokens, in two groups. The encoder gets those
-# that are kept, K of them. The rest, R = N - K, are removed, and the decoder predicts them. K and R
-# are the same for all samples. A full caption needs all places of both groups. In a shorter one
-# padding fills up both. In the rest it is called spare: mask is False there, and no loss counts it.
+# A mask splits the N positions of a sample, patches or tokens, in two groups. The encoder gets
+# those that are kept, K of them. The rest, R = N - K, are removed, and the decoder predicts them. K
+# and R are the same for all samples. A full caption needs all places of both groups. In a shorter
+# one padding fills up both. In the rest it is called spare: mask is False there, and no loss counts
+# it.
 
 # A caption is SOT (1), its tokens (3 and up), EOT, padding (0): see Tokenizer in data.py.
 EOT = 2
