@@ -158,11 +158,11 @@ def take(x, index):
 
 # --- Masks ----------------------------------------------------------------------------------------
 
-# A mask splits the N positions of a sample, patches or tokens, in two groups. The encoder gets
-# those that are kept, K of them. The rest, R = N - K, are removed, and the decoder predicts them. K
-# and R are the same for all samples. A full caption needs all places of both groups. In a shorter
-# one padding fills up both. In the rest it is called spare: mask is False there, and no loss counts
-# it.
+# A mask splits the N positions of a sample, patches or tokens, in two groups: K go to the encoder
+# (keep), the others, R = N - K, do not (rest). K and R are the same for all samples, enough for the
+# longest caption. A shorter caption leaves places over, which padding takes. Padding in rest is
+# called spare: mask is False there, and no loss counts it. All else in rest is removed: the decoder
+# predicts it.
 
 # A caption is SOT (1), its tokens (3 and up), EOT, padding (0): see Tokenizer in data.py.
 EOT = 2
@@ -215,7 +215,8 @@ def random_text_mask(noise, tokens, ratio):
 
         kept_first(mask)    0 1 4 5 6 7 | 8 9 10 11 12 13 14 15 2 3
 
-    Padding, from position 5 on, fills up keep. In the rest 8 to 15 are spare, 2 and 3 removed.
+    The padding 5, 6 and 7 fills keep. The rest is the padding 8 to 15 (spare), and 2 and 3, which
+    are removed.
     """
     T = tokens.shape[1]
     position = torch.arange(T, device=tokens.device)
@@ -230,9 +231,10 @@ def random_text_mask(noise, tokens, ratio):
     # Between SOT, at 0, and EOT, at `end`, stand end - 1 tokens.
     kept = torch.tensor(kept_of_length, device=tokens.device)[end - 1]  # (B,1)
     mask = between & (rank >= kept)
-    # Of a full caption K positions stay, SOT and EOT among them, and R = T - K are removed. With
-    # each token less one less stays or one less is removed: never more. So the first K of
-    # kept_first(mask) hold all that stays, and the last R all that is removed.
+    # Of a full caption K positions stay, SOT and EOT among them, and R = T - K are removed. A
+    # caption with one token fewer has one kept or one removed position fewer. So no caption keeps
+    # more than K or removes more than R: the first K of kept_first(mask) hold all that stays, and
+    # the last R all that is removed.
     K = 2 + kept_of_length[-1]
     return kept_first(mask)[:, :K], mask
 
@@ -240,8 +242,8 @@ def random_text_mask(noise, tokens, ratio):
 class Masked(NamedTuple):
     """What the masked pass knows of one modality (N stands for patches or tokens).
 
-    keep and rest are together all N positions. In rest the spare ones of a short caption come
-    first, and mask is False there; it is True at all others of rest, and nowhere in keep.
+    keep and rest are together all N positions. rest begins with the spare ones, where mask is
+    False, and ends with the removed ones, where mask is True. In keep mask is False.
     """
 
     keep: torch.Tensor  # (B,K) positions that the encoder gets
@@ -253,7 +255,7 @@ class Masked(NamedTuple):
 def record_mask(keep, mask, real):
     """keep (B,K), mask (B,N), real (B,N) or None -> Masked."""
     K = keep.shape[1]
-    # The first K of kept_first(mask) are keep again (that of patches has another order).
+    # The first K of kept_first(mask) are the positions of keep, so the others are the rest.
     return Masked(keep, kept_first(mask)[:, K:], real, mask)
 
 
@@ -420,7 +422,7 @@ class TextEncoder(nn.Module):
 
 class Modality(nn.Module):
     """What the decoder has of one modality beside its blocks: embedding, mask token, positions, and
-    a head that predicts `values` numbers in each removed slot."""
+    a head that predicts `values` numbers at each position of rest."""
 
     def __init__(self, encoder_width, width, values, position):
         super().__init__()
@@ -576,7 +578,8 @@ def simclr_loss(a, b, temperature=0.1):
 # Forward. Each rank computes its own rows' part of the loss; where rows must find each other, it
 # gathers those of all ranks. of_all_ranks gathers the parts. Their mean is the loss L of the whole
 # batch, one number on all ranks. (masked_mean divides the sum of all errors by that of all counts.)
-# Backward. p_r is rank r's copy of a parameter p; L depends on all copies, through the gathers.
+# Backward. p_r is rank r's copy of a parameter p; L depends on all copies, through the gathers. The
+# backward pass of a gather sums what comes from all ranks.
 #     dL/dp = sum over r of dL/dp_r             the gradient of one GPU with all rows
 #     p_r.grad = d(L + ... + L)/dp_r = n dL/dp_r      since all n ranks call backward on L
 #     mean over r of p_r.grad = sum over r of dL/dp_r = dL/dp
@@ -593,8 +596,8 @@ def gather(x):
     """(B,...) -> (G,...): the rows of all ranks, in their order, with gradient."""
     if not dist.is_initialized():
         return x
-    # chunk(1)[0] is for the backward pass: there it concatenates, so the gradient is contiguous, as
-    # all_gather needs it before torch 2.13.
+    # chunk(1)[0] changes nothing in the forward pass. In the backward pass it makes the gradient
+    # contiguous, which all_gather needs before torch 2.13.
     return all_gather(x, 0, dist.group.WORLD).chunk(1)[0]
 
 
@@ -760,7 +763,8 @@ class MAECLIP(nn.Module):
                 # The same noise and ratio leave the same patches: pass 2 has encoded them already.
                 encoded = encoded_image
             else:
-                # By the same noise as pass 2: the smaller set of kept patches is part of the other.
+                # By the same noise as pass 2: the pass that keeps fewer patches keeps a part of
+                # what the other keeps.
                 keep, _ = random_mask(image_noise, ratio)
                 encoded = self.image_encoder(images, keep)
             found["image_features"] = self.image_feature(encoded)  # (B,E)
@@ -1413,7 +1417,7 @@ def fit(run, net, device, autocast):
                         )
                     write_record(run, {"step": run.step, "validation": found})
                     since += time.time() - began  # training has not gone on meanwhile
-                # Ten are no accident; nor, where no finite step can follow, are two.
+                # Give up after ten lost steps in a row, or after two at the very end.
                 if lost == 10 or (lost > 1 and run.step == last):
                     raise DataError(
                         f"step {run.step}: none of the last {lost} was finite (loss and gradient); "
@@ -1426,8 +1430,7 @@ def fit(run, net, device, autocast):
         except Interrupted:
             stopped = signals.came
         finally:
-            # Whatever ended the loop. But never half a step, nor after two lost ones; a single one
-            # may be an accident.
+            # Save, whatever ended the loop, except in the middle of a step or after two lost ones.
             if rank == 0 and whole and lost < 2:
                 save_checkpoint(run)
     return stopped
