@@ -941,8 +941,10 @@ class Loader:
         for sample, seed, name in samples:
             texts = captions(sample) if self.captions else [""]
             rng = None
-            if self.crop < 1 or len(texts) > 1:  # else nothing is left to chance
-                rng = np.random.default_rng(seed)  # takes longer than all else of a small image
+            # Else nothing is left to chance, and to make a generator would take as long as all else
+            # for a small image that is decoded already.
+            if self.crop < 1 or len(texts) > 1:
+                rng = np.random.default_rng(seed)
             try:
                 # The crop comes first: it is the same whether captions are drawn or not.
                 image = self.make_image(sample["jpg"], rng)
