@@ -9,8 +9,8 @@
 Runs mae_clip.py once for each arm, number of unique pairs, pooling and seed. An arm is a method, or
 a method with flags of its own: clip@steps=900@lr=0.01. All flags that are not listed below are
 mae_clip.py's and go to every run: so arms without steps of their own see equally many pairs (500
-steps, where neither --steps nor --scale is given). The gain is that of the second arm over each
-other one, paired by seed. OUT holds experiment.csv (a row a run), experiment.md (the table),
+steps, where neither --steps nor --scale is given; then Muon's settings, too, are those of the
+README's figure). The gain is that of the second arm over each other one, paired by seed. OUT holds experiment.csv (a row a run), experiment.md (the table),
 experiment.svg and .png (the figure, from two seeds on, which tells three arms and three poolings
 apart), and each run's folder and log. Runs that have a row are not made again; what was interrupted
 goes on.
@@ -87,8 +87,10 @@ def read_rows(path, arms, flags):
         if None in key or not key[1].isdecimal():
             raise DataError(f"{path}: {key}: is no run, which has {AXES} in columns")
         wanted = settings(key, flags) if key[0] in arms else {}
-        # init is not in tables of versions that did not know it.
+        # What runs of earlier versions had, which did not know the setting.
         row.setdefault("init", "")
+        row.setdefault("muon_momentum", "0.95")
+        row.setdefault("muon_rms", "0.2")
         other = [name for name in wanted if row.get(name) != wanted[name]]
         if other:
             then = " ".join(f"{mae_clip.flag(name)} {row.get(name)}" for name in other)
@@ -443,9 +445,9 @@ def parse(argv):
         parser.set_defaults(**QUICK)
     args, flags = parser.parse_known_args(argv)
     if not any(flag.split("=")[0] == "--scale" for flag in flags):
-        # Longer than the first command, as in the README's figure. What was given comes later, and
+        # Not the first command's, but those of the README's figure. What was given comes later, and
         # so counts.
-        flags = ["--steps", "500", *flags]
+        flags = [*"--steps 500 --muon-momentum 0.95 --muon-rms 0.2".split(), *flags]
     if len(args.method) < 2:
         raise DataError(f"--method {args.method}: takes two arms or more, such as clip,mae_clip")
     if args.jobs < 1 or "0" in args.samples:

@@ -169,7 +169,12 @@ class Signals:
 # --- Ranks ----------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     """One for which a wrong flag is a ValueError: so it ends a run as any other bad input does, and
-    stands in torchrun's report."""
+    stands in torchrun's report. Flags are written in full, and one that was not given has no
+    value."""
+
+    def __init__(self, name, **others):
+        """The arguments of argparse.ArgumentParser."""
+        super().__init__(name, allow_abbrev=False, argument_default=argparse.SUPPRESS, **others)
 
     def error(self, message):
         """Called where an argument does not fit."""

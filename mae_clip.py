@@ -915,7 +915,7 @@ LOWEST = {
     "context": 3,
     "vocab_size": 259,
 }
-SHARES = "mask_ratio text_mask_ratio contrastive_mask_ratio crop".split()
+SHARES = "mask_ratio text_mask_ratio contrastive_mask_ratio crop muon_momentum".split()
 
 
 @dataclass(frozen=True)
@@ -942,12 +942,14 @@ class Config(ModelConfig):
     data_seed: int = 0  # built-in data: its seed, which also fixes the pairs never trained on
     workers: int = 1  # processes that decode ahead
     crop: float = 1.0  # least share of the area in a random crop, if it fits; 1: centre crop
-    steps: int = 450  # optimiser steps
+    steps: int = 350  # optimiser steps
     stop_after: int = 0  # save and stop after so many steps in all; 0: at --steps
     batch_size: int = 256  # pairs a step, over all processes
     optimizer: str = "muon"  # of linear layers' matrices: muon or adamw; all else has adamw
     lr: float = 1e-2  # peak learning rate
     warmup: int = 50  # steps of linear warm-up before the cosine to zero
+    muon_momentum: float = 0.9  # how much of the mean of past gradients a step of Muon keeps
+    muon_rms: float = 0.3  # root mean square of the entries of Muon's step at learning rate 1
     weight_decay: float = 0.1  # of linear, convolution and embedding weights, by both optimisers
 
     def __post_init__(self):
@@ -1004,7 +1006,7 @@ TABLE = """
     decoder_heads       1        2       16       16
     scenes           2000    40000    40000    40000
     batch_size         64      256     4096     4096
-    steps              60      450    90000    90000
+    steps              60      350    90000    90000
     warmup             10       50     2000     2000
     lr               1e-2     1e-2     1e-3     5e-4
     image_weight      0.3      0.3      0.1      0.1
@@ -1055,8 +1057,8 @@ def learning_rate(step, config):
 
 
 class Muon(torch.optim.Optimizer):
-    """Moves matrices along their orthogonalised momentum (Jordan et al. 2024), by steps of
-    AdamW's size. torch.optim.Muon computes in bfloat16, which CPUs without AVX512-BF16 or AMX
+    """Moves matrices along their orthogonalised momentum (Jordan et al. 2024), by steps whose
+    entries have the root mean square lr * rms; AdamW's have about lr * 0.2. torch.optim.Muon computes in bfloat16, which CPUs without AVX512-BF16 or AMX
     emulate. On such a CPU torch's took two seconds for a step at `small`, and this one, in float32,
     0.03 to 0.6."""
 
@@ -1064,15 +1066,16 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """One step with the gradients that the parameters hold."""
         group = self.param_groups[0]
+        beta = group["momentum"]
         for parameter in group["params"]:
             gradient = parameter.grad
             momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(gradient))
-            momentum.lerp_(gradient, 0.05)  # 0.95 momentum + 0.05 gradient
-            # Nesterov's look ahead: 0.95 of the new momentum + 0.05 gradient.
-            direction = orthogonalise(gradient.lerp(momentum, 0.95))
+            momentum.lerp_(gradient, 1 - beta)  # beta momentum + (1 - beta) gradient
+            # Nesterov's look ahead: beta of the new momentum + (1 - beta) gradient.
+            direction = orthogonalise(gradient.lerp(momentum, beta))
             # The entries of `direction` have a root mean square of 1 / sqrt(longer side). `size`
-            # makes it 0.2, which is about AdamW's.
-            size = 0.2 * max(parameter.shape) ** 0.5
+            # makes it `rms`.
+            size = group["rms"] * max(parameter.shape) ** 0.5
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.sub_(direction, alpha=group["lr"] * size)
 
@@ -1106,7 +1109,9 @@ def make_optimizers(model, config):
     # CLIP's betas and epsilon.
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True, **rates)]
     if matrices:
-        optimizers.append(Muon(matrices, defaults=rates))
+        optimizers.append(
+            Muon(matrices, rates | {"momentum": config.muon_momentum, "rms": config.muon_rms})
+        )
     return optimizers
 
 
@@ -1255,7 +1260,7 @@ def open_data(config, state, merges=None):
             f"--batch-size {config.batch_size}: must be a multiple of {world} processes"
         )
     if not config.data:
-        scenes = str(builtin(config.scenes, config.data_seed))
+        scenes = builtin(config.scenes, config.data_seed)
         config = replace(config, data=scenes, eval_data=config.eval_data or scenes)
     loader = Loader(
         config.data,
@@ -1338,9 +1343,6 @@ def log(run, rows, seconds, waited):
         "waiting": waited / seconds,
         "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
-    if "contrastive" in record:
-        record["scale"] = run.model.logit_scale.exp().item()
-    write_record(run, record)
     terms = " ".join(f"{name} {record[name]:.3f}" for name in config.weights())
     if first:
         tqdm.write(
@@ -1348,7 +1350,9 @@ def log(run, rows, seconds, waited):
             f"{record['waiting']:.0%} waiting"
         )
     if "contrastive" in record:
+        record["scale"] = run.model.logit_scale.exp().item()
         terms += f", chance {math.log(config.batch_size):.3f}"
+    write_record(run, record)
     return terms
 
 
@@ -1412,9 +1416,7 @@ def fit(run, net, device, autocast):
                 if config.eval_every and run.step % config.eval_every == 0:
                     began = time.time()
                     with signals.heeded():
-                        found = validation(
-                            run.model, run.loader.tokenizer, config, device, autocast
-                        )
+                        found = validation(run, device, autocast)
                     write_record(run, {"step": run.step, "validation": found})
                     since += time.time() - began  # training has not gone on meanwhile
                 # Give up after ten lost steps in a row, or after two at the very end.
@@ -1494,8 +1496,9 @@ def finish(run):
     config = run.config
     print(run.loader.report())
     if run.step < config.steps:
-        saved = ", ".join(path.name for path in checkpoints(config.out)[:1]) or "nothing"
-        print(f"stopped at step {run.step:,}, saved: {saved}; --resume goes on")
+        saved = checkpoints(config.out)
+        newest = saved[0].name if saved else "nothing"
+        print(f"stopped at step {run.step:,}, saved: {newest}; --resume goes on")
         return
     print(f"trained and saved in {config.out}; now scoring (if interrupted, --resume does it)")
     record = {"seconds": run.seconds, "steps": run.step, "config": plain(config)}
@@ -1511,8 +1514,6 @@ def parse(argv=None):
         "mae_clip.py",
         usage="python mae_clip.py [--scale SCALE] [--FLAG VALUE ...]",
         description="Trains CLIP, MAE, M3AE, MAE-CLIP or SLIP and scores what came out.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--scale", default="small", help="tiny, small, base or large (small)")
     for kind in (ModelConfig, Config):

@@ -161,7 +161,7 @@ def draw(folder, scenes=40_000, seed=0):
 
 
 def builtin(scenes, seed):
-    """The folder of the built-in data in the cache; drawn where it is missing."""
+    """The path of the built-in data's folder in the cache, as text; drawn where it is missing."""
     folder = cache_folder() / f"scenes-2-{scenes}-{seed}"
     try:
         if not folder.exists():
@@ -169,4 +169,4 @@ def builtin(scenes, seed):
     except (DataError, OSError):  # another process was faster
         if not folder.exists():
             raise
-    return folder
+    return str(folder)

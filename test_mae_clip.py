@@ -348,6 +348,7 @@ def test_a_scale_that_would_do_nothing_cannot_be_given():
         ({"image_weight": math.inf}, "--image-weight inf"),
         ({"text_weight": -0.1}, "--text-weight -0.1"),
         ({"crop": 0.0}, "--crop 0.0"),
+        ({"muon_momentum": 1.01}, "--muon-momentum 1.01"),
         ({"workers": -1}, "--workers -1"),
         ({"method": "mae", "image_weight": 0.0}, "--method mae"),
         ({"method": "m3ae", "image_weight": 0.0}, "--method m3ae"),
@@ -371,6 +372,7 @@ def test_a_value_that_does_not_fit_is_named_in_one_line(changes, says):
         {"workers": 0},
         {"crop": 1.0},
         {"lr": 0.0},
+        {"muon_momentum": 0.0},
         {"weight_decay": 0.0},
     ],
 )
@@ -1763,19 +1765,28 @@ def test_orthogonalising_keeps_the_singular_vectors_and_makes_their_values_near_
     assert 0.6 < values.min() and values.max() < 1.3
 
 
+def test_muon_has_the_settings_of_the_run():
+    model = tiny(lr=0.3, muon_momentum=0.7, muon_rms=0.4, weight_decay=0.2)
+    _, muon = mae_clip.make_optimizers(model, model.config)
+    [group] = muon.param_groups
+    found = {name: group[name] for name in group if name != "params"}
+    assert found == {"lr": 0.3, "momentum": 0.7, "rms": 0.4, "weight_decay": 0.2}
+
+
 def test_muon_moves_a_matrix_along_its_orthogonalised_momentum_which_looks_ahead():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(6, 4))
-    optimizer = mae_clip.Muon([weight], {"lr": 0.1, "weight_decay": 0.5})
+    rates = {"lr": 0.1, "weight_decay": 0.5, "momentum": 0.7, "rms": 0.3}
+    optimizer = mae_clip.Muon([weight], rates)
     momentum = torch.zeros(6, 4)
     for _ in range(3):
         before = weight.detach().clone()
         gradient = torch.randn(6, 4)
         weight.grad = gradient.clone()
         optimizer.step()
-        momentum = 0.95 * momentum + 0.05 * gradient
-        direction = mae_clip.orthogonalise(0.05 * gradient + 0.95 * momentum)
-        size = 0.2 * math.sqrt(6)  # the longer side's
+        momentum = 0.7 * momentum + 0.3 * gradient
+        direction = mae_clip.orthogonalise(0.3 * gradient + 0.7 * momentum)
+        size = 0.3 * math.sqrt(6)  # the longer side's
         wanted = before * (1 - 0.1 * 0.5) - 0.1 * size * direction
         assert torch.allclose(weight, wanted, atol=1e-5)
 
@@ -2169,7 +2180,7 @@ COPIES = {
         "simclr_head": "simclr_head(8)(torch.rand(2, 8))",
         "MAECLIP": "MAECLIP(config)(images, tokens)['loss'].backward()",
         "learning_rate": "learning_rate(3, config)",
-        "Muon": "Muon([torch.rand(2, 3, requires_grad=True)], {'lr': 0.1, 'weight_decay': 0.0})",
+        "Muon": "Muon([torch.rand(2, 3, requires_grad=True)], dict(lr=1, weight_decay=0, momentum=0.9, rms=1))",
         "make_optimizers": "make_optimizers(torch.nn.Linear(2, 3), config)",
     },
     "data.py": {
@@ -5426,13 +5437,20 @@ def test_scores_while_training_are_lines_of_the_log_and_survive_a_resume(tmp_pat
     assert all(len(line) <= 80 for line in said.splitlines() if "validation" in line)
 
 
+def validated(model, tokenizer, config):
+    """What validation finds of a run with such a model."""
+    loader = SimpleNamespace(tokenizer=tokenizer)
+    run = mae_clip.Run(config, model, [], loader)
+    return validation.validation(run, torch.device("cpu"), FLOAT32)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_validation_losses_are_the_models_own_on_whole_batches_of_the_set(tmp_path, method):
     shard = captioned_shard(tmp_path / "dev.tar", 11)
     model = tiny(method, vocab_size=259)
     config = dataclasses.replace(model.config, eval_data=str(shard), batch_size=4)
     tokenizer = Tokenizer([])
-    found = validation.validation(model, tokenizer, config, torch.device("cpu"), FLOAT32)
+    found = validated(model, tokenizer, config)
     losses = []
     with torch.no_grad():
         for number in range(2):  # of 11 pairs two whole batches of 4
@@ -5455,7 +5473,7 @@ def test_validation_on_fewer_pairs_than_a_batch_is_of_them_all(tmp_path):
     shard = captioned_shard(tmp_path / "dev.tar", 5)
     model = tiny("clip", vocab_size=259)
     config = dataclasses.replace(model.config, eval_data=str(shard), batch_size=64)
-    found = validation.validation(model, Tokenizer([]), config, torch.device("cpu"), FLOAT32)
+    found = validated(model, Tokenizer([]), config)
     assert 0 < found["contrastive"] < 2 * math.log(5)
 
 
@@ -6227,7 +6245,7 @@ def on_each_rank(rank, port, folder):
     shard = f"{folder}/dev.tar"
     model = tiny("mae_clip", vocab_size=259)
     config = dataclasses.replace(model.config, eval_data=shard, batch_size=4)
-    losses = validation.validation(model, Tokenizer([]), config, torch.device("cpu"), FLOAT32)
+    losses = validated(model, Tokenizer([]), config)
     torch.save({"said": said, "value": value, "losses": losses}, f"{folder}/{rank}.pt")
     machine.end_group()
 
@@ -6245,7 +6263,7 @@ def test_ranks_that_differ_stop_with_the_rank_and_the_thing_and_validate_as_one(
         assert rank["value"] == 0
     model = tiny("mae_clip", vocab_size=259)
     config = dataclasses.replace(model.config, eval_data=str(shard), batch_size=4)
-    wanted = validation.validation(model, Tokenizer([]), config, torch.device("cpu"), FLOAT32)
+    wanted = validated(model, Tokenizer([]), config)
     assert found[0]["losses"] == pytest.approx(wanted, rel=1e-5)
     assert found[1]["losses"] == pytest.approx(
         {name: wanted[name] for name in found[1]["losses"]}, rel=1e-5

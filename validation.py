@@ -39,17 +39,19 @@ def losses_on(dataset, model, tokenizer, config, device, autocast):
 
 
 @torch.compiler.set_stance("force_eager")  # other shapes than training's are not worth compiling
-def validation(model, tokenizer, config, device, autocast):
-    """Scores a model that is still being trained, on --eval-data: the losses on the first captioned
+def validation(run, device, autocast):
+    """Scores the model of a run that goes on, on --eval-data: the losses on the first captioned
     set; on rank 0 also zero-shot accuracy and recall@10 -> {name: value}, which is shown, too. It
     draws no random number of torch's and changes nothing."""
+    config = run.config
+    tokenizer = run.loader.tokenizer
     found = {}
     datasets = open_sets(config.eval_data)
     captioned = [dataset for dataset in datasets if not dataset.classes]
     if captioned:
-        found = losses_on(captioned[0], model, tokenizer, config, device, autocast)
+        found = losses_on(captioned[0], run.model, tokenizer, config, device, autocast)
     if mae_clip.ranks()[0] == 0:
-        results = results_of(model, tokenizer, datasets, ["zero_shot", "retrieval"])
+        results = results_of(run.model, tokenizer, datasets, ["zero_shot", "retrieval"])
         for task, entry in results.items():
             for name in ("acc1", "image_retrieval_recall@10", "text_retrieval_recall@10"):
                 if name in entry["chance"]:
