@@ -902,19 +902,8 @@ CHOICES = {
     "optimizer": ["muon", "adamw"],
 }
 # The least value allowed. Of a setting that is not listed it is 1 for an int, 0 for a float.
-LOWEST = {
-    "seed": 0,
-    "data_seed": 0,
-    "samples": 0,
-    "stop_after": 0,
-    "warmup": 0,
-    "workers": 0,
-    "eval_every": 0,
-    "batch_size": 2,
-    "crop": 0.01,
-    "context": 3,
-    "vocab_size": 259,
-}
+LOWEST = {"batch_size": 2, "crop": 0.01, "context": 3, "vocab_size": 259}
+LOWEST |= dict.fromkeys("seed data_seed samples stop_after warmup workers eval_every".split(), 0)
 SHARES = "mask_ratio text_mask_ratio contrastive_mask_ratio crop muon_momentum".split()
 
 
@@ -1343,6 +1332,9 @@ def log(run, rows, seconds, waited):
         "waiting": waited / seconds,
         "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
+    if "contrastive" in record:
+        record["scale"] = run.model.logit_scale.exp().item()
+    write_record(run, record)
     terms = " ".join(f"{name} {record[name]:.3f}" for name in config.weights())
     if first:
         tqdm.write(
@@ -1350,9 +1342,7 @@ def log(run, rows, seconds, waited):
             f"{record['waiting']:.0%} waiting"
         )
     if "contrastive" in record:
-        record["scale"] = run.model.logit_scale.exp().item()
         terms += f", chance {math.log(config.batch_size):.3f}"
-    write_record(run, record)
     return terms
 
 
