@@ -10,10 +10,10 @@ Runs mae_clip.py once for each arm, number of unique pairs, pooling and seed. An
 a method with flags of its own: clip@steps=900@lr=0.01. All flags that are not listed below are
 mae_clip.py's and go to every run: so arms without steps of their own see equally many pairs (500
 steps, where neither --steps nor --scale is given; then Muon's settings, too, are those of the
-README's figure). The gain is that of the second arm over each other one, paired by seed. OUT holds experiment.csv (a row a run), experiment.md (the table),
-experiment.svg and .png (the figure, from two seeds on, which tells three arms and three poolings
-apart), and each run's folder and log. Runs that have a row are not made again; what was interrupted
-goes on.
+README's figure). The gain is that of the second arm over each other one, paired by seed. OUT holds
+experiment.csv (a row a run), experiment.md (the table), experiment.svg and .png (the figure, from
+two seeds on, which tells three arms and three poolings apart), and each run's folder and log. Runs
+that have a row are not made again; what was interrupted goes on.
 """
 
 import csv

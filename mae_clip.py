@@ -1047,9 +1047,10 @@ def learning_rate(step, config):
 
 class Muon(torch.optim.Optimizer):
     """Moves matrices along their orthogonalised momentum (Jordan et al. 2024), by steps whose
-    entries have the root mean square lr * rms; AdamW's have about lr * 0.2. torch.optim.Muon computes in bfloat16, which CPUs without AVX512-BF16 or AMX
-    emulate. On such a CPU torch's took two seconds for a step at `small`, and this one, in float32,
-    0.03 to 0.6."""
+    entries have the root mean square lr * rms; those of AdamW's have about lr * 0.2.
+
+    torch.optim.Muon computes in bfloat16, which CPUs without AVX512-BF16 or AMX emulate. On such a
+    CPU torch's took two seconds for a step at `small`, and this one, in float32, 0.03 to 0.6."""
 
     @torch.no_grad()
     def step(self):

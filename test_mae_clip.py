@@ -2180,7 +2180,7 @@ COPIES = {
         "simclr_head": "simclr_head(8)(torch.rand(2, 8))",
         "MAECLIP": "MAECLIP(config)(images, tokens)['loss'].backward()",
         "learning_rate": "learning_rate(3, config)",
-        "Muon": "Muon([torch.rand(2, 3, requires_grad=True)], dict(lr=1, weight_decay=0, momentum=0.9, rms=1))",
+        "Muon": "Muon([torch.rand(2, 3)], {'lr': 1, 'weight_decay': 0, 'momentum': 0, 'rms': 1})",
         "make_optimizers": "make_optimizers(torch.nn.Linear(2, 3), config)",
     },
     "data.py": {
