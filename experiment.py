@@ -8,9 +8,9 @@
 
 Runs mae_clip.py once for each arm, number of unique pairs, pooling and seed. An arm is a method, or
 a method with flags of its own: clip@steps=900@lr=0.01. All flags that are not listed below are
-mae_clip.py's and go to every run: so arms without steps of their own see equally many pairs (500
-steps, where neither --steps nor --scale is given; then Muon's settings, too, are those of the
-README's figure). The gain is that of the second arm over each other one, paired by seed. OUT holds
+mae_clip.py's and go to every run: so arms without steps of their own see equally many pairs. Where
+no --scale is given, --steps, --muon-momentum and --muon-rms are by default the README's figure's:
+500, 0.95 and 0.2. The gain is that of the second arm over each other one, paired by seed. OUT holds
 experiment.csv (a row a run), experiment.md (the table), experiment.svg and .png (the figure, from
 two seeds on, which tells three arms and three poolings apart), and each run's folder and log. Runs
 that have a row are not made again; what was interrupted goes on.
@@ -445,8 +445,8 @@ def parse(argv):
         parser.set_defaults(**QUICK)
     args, flags = parser.parse_known_args(argv)
     if not any(flag.split("=")[0] == "--scale" for flag in flags):
-        # Not the first command's, but those of the README's figure. What was given comes later, and
-        # so counts.
+        # Those of the README's figure, where mae_clip.py's defaults are others. What was given
+        # comes later, and so counts.
         flags = [*"--steps 500 --muon-momentum 0.95 --muon-rms 0.2".split(), *flags]
     if len(args.method) < 2:
         raise DataError(f"--method {args.method}: takes two arms or more, such as clip,mae_clip")
@@ -456,7 +456,7 @@ def parse(argv):
 
 
 def check(key, flags):
-    """DataError, or exit code 2 and a line, where a run could not be made or scored."""
+    """ValueError where a run could not be made or scored."""
     config = mae_clip.parse(run_flags(key, flags))
     open_sets(config.eval_data)
     if config.resample or config.stop_after or "pipe:" in config.data:

@@ -1,5 +1,6 @@
 """What training asks of the machine and of other processes: device and precision, the allocator,
-signals, one run a folder, ranks that agree; and what it says before it begins."""
+signals, one run a folder, ranks that agree, flags that do not fit; and what it says before it
+begins."""
 
 import argparse
 import ctypes
@@ -169,8 +170,8 @@ class Signals:
 # --- Ranks ----------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     """One for which a wrong flag is a ValueError: so it ends a run as any other bad input does, and
-    stands in torchrun's report. Flags are written in full, and one that was not given has no
-    value."""
+    stands in torchrun's report. Flags are written in full. One that was not given and has no
+    default is not among the arguments."""
 
     def __init__(self, name, **others):
         """The arguments of argparse.ArgumentParser."""
@@ -410,7 +411,7 @@ def checkpoints(out):
 @contextmanager
 def usable(path):
     """Inside `with`, a DataError in place of any error: a damaged checkpoint raises nearly
-    anything, and so does one of a version with other settings or another model."""
+    anything, and so does one with a setting that this version lacks, or of another model."""
     try:
         yield
     except Exception as error:

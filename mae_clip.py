@@ -763,8 +763,8 @@ class MAECLIP(nn.Module):
                 # The same noise and ratio leave the same patches: pass 2 has encoded them already.
                 encoded = encoded_image
             else:
-                # By the same noise as pass 2: the pass that keeps fewer patches keeps a part of
-                # what the other keeps.
+                # By the same noise as pass 2: so one of the passes keeps all patches that the other
+                # keeps.
                 keep, _ = random_mask(image_noise, ratio)
                 encoded = self.image_encoder(images, keep)
             found["image_features"] = self.image_feature(encoded)  # (B,E)
@@ -937,8 +937,8 @@ class Config(ModelConfig):
     optimizer: str = "muon"  # of linear layers' matrices: muon or adamw; all else has adamw
     lr: float = 1e-2  # peak learning rate
     warmup: int = 50  # steps of linear warm-up before the cosine to zero
-    muon_momentum: float = 0.9  # how much of the mean of past gradients a step of Muon keeps
-    muon_rms: float = 0.3  # root mean square of the entries of Muon's step at learning rate 1
+    muon_momentum: float = 0.9  # decay of Muon's running mean of gradients
+    muon_rms: float = 0.3  # root mean square, nearly, of a step of Muon at learning rate 1
     weight_decay: float = 0.1  # of linear, convolution and embedding weights, by both optimisers
 
     def __post_init__(self):
@@ -1047,7 +1047,7 @@ def learning_rate(step, config):
 
 class Muon(torch.optim.Optimizer):
     """Moves matrices along their orthogonalised momentum (Jordan et al. 2024), by steps whose
-    entries have the root mean square lr * rms; those of AdamW's have about lr * 0.2.
+    entries have a root mean square of about lr * rms; those of AdamW's have about lr * 0.2.
 
     torch.optim.Muon computes in bfloat16, which CPUs without AVX512-BF16 or AMX emulate. On such a
     CPU torch's took two seconds for a step at `small`, and this one, in float32, 0.03 to 0.6."""
@@ -1061,10 +1061,10 @@ class Muon(torch.optim.Optimizer):
             gradient = parameter.grad
             momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(gradient))
             momentum.lerp_(gradient, 1 - beta)  # beta momentum + (1 - beta) gradient
-            # Nesterov's look ahead: beta of the new momentum + (1 - beta) gradient.
+            # Nesterov's look ahead: the same mean once more, of what momentum is now.
             direction = orthogonalise(gradient.lerp(momentum, beta))
-            # The entries of `direction` have a root mean square of 1 / sqrt(longer side). `size`
-            # makes it `rms`.
+            # The entries of `direction` have a root mean square of about 1 / sqrt(longer side).
+            # `size` makes it `rms`.
             size = group["rms"] * max(parameter.shape) ** 0.5
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.sub_(direction, alpha=group["lr"] * size)
@@ -1311,8 +1311,8 @@ def log(run, rows, seconds, waited):
     """Writes and shows a record of the last steps: rates, and means of `rows`, which are what
     train_step gave at each step -> the terms in words.
 
-    Where no step was finite, there is nothing to write but a warning -> "", and the caller keeps
-    the rows for the next record."""
+    Where no step was finite, nothing is written, a warning is shown -> "", and the caller keeps the
+    rows for the next record."""
     config = run.config
     first = ranks()[0] == 0
     good = [row for row in rows if row is not None]

@@ -1,5 +1,5 @@
-"""The built-in scenes: coloured shapes with captions, drawn in seconds, so that the whole file can
-be tried without any data; and the labelled sets on which it is scored then.
+"""The built-in scenes: coloured shapes with captions, drawn in seconds, so that mae_clip.py can be
+tried without any data; and the labelled sets on which it is scored then.
 
     python data.py draw FOLDER
 """
@@ -65,7 +65,7 @@ def scene(rng, name, label, classes):
         quarters = [label]
     if not two:
         colour, shape = objects[0].split()
-        shorter = {6: shape, 7: f"{colour} shape"}  # two times in eight a word is missing
+        shorter = {6: shape, 7: f"{colour} shape"}  # twice in eight a word is not told
         words = shorter.get(int(8 * rng.random()), objects[0])
         return objects, quarters, PHRASES[rng.integers(len(PHRASES))].format(words)
     if name == "relation":  # always these two: only the relation tells the classes apart
