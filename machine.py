@@ -170,12 +170,7 @@ class Signals:
 # --- Ranks ----------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     """One for which a wrong flag is a ValueError: so it ends a run as any other bad input does, and
-    stands in torchrun's report. Flags are written in full. One that was not given and has no
-    default is not among the arguments."""
-
-    def __init__(self, name, **others):
-        """The arguments of argparse.ArgumentParser."""
-        super().__init__(name, allow_abbrev=False, argument_default=argparse.SUPPRESS, **others)
+    stands in torchrun's report."""
 
     def error(self, message):
         """Called where an argument does not fit."""

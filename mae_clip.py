@@ -1505,6 +1505,8 @@ def parse(argv=None):
         "mae_clip.py",
         usage="python mae_clip.py [--scale SCALE] [--FLAG VALUE ...]",
         description="Trains CLIP, MAE, M3AE, MAE-CLIP or SLIP and scores what came out.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--scale", default="small", help="tiny, small, base or large (small)")
     for kind in (ModelConfig, Config):

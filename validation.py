@@ -13,11 +13,12 @@ from eval import first_captions, image_batches, open_sets, results_of, say_once
 
 
 @torch.no_grad()
-def losses_on(dataset, model, tokenizer, config, device, autocast):
+def losses_on(dataset, run, device, autocast):
     """The terms of the loss and their sum on captioned shards, in whole batches of the training's
     size, or of all pairs that the ranks can share evenly if these are fewer, by masks that are
     always the same -> {term: value}, empty of too few. To be called on all ranks: each takes its
     part of a batch."""
+    config = run.config
     rank, world = mae_clip.ranks()
     count = sum(1 for _ in dataset.samples("test"))
     part = min(config.batch_size, count) // world
@@ -29,10 +30,10 @@ def losses_on(dataset, model, tokenizer, config, device, autocast):
     found = []
     batches = image_batches(dataset, "test", config.image_size, limit, rows)
     for number, (images, captions) in enumerate(batches):
-        tokens = first_captions(tokenizer, captions[own], config.context)
+        tokens = first_captions(run.loader.tokenizer, captions[own], config.context)
         batch = data.Batch(images[own], tokens, ())
         with autocast:
-            terms = model(*mae_clip.training_batch(config, number, batch, device))
+            terms = run.model(*mae_clip.training_batch(config, number, batch, device))
         found.append(torch.stack([*terms.values()]))
     means = torch.stack(found).mean(dim=0).tolist()
     return dict(zip([*config.weights(), "loss"], means, strict=True))
@@ -43,15 +44,13 @@ def validation(run, device, autocast):
     """Scores the model of a run that goes on, on --eval-data: the losses on the first captioned
     set; on rank 0 also zero-shot accuracy and recall@10 -> {name: value}, which is shown, too. It
     draws no random number of torch's and changes nothing."""
-    config = run.config
-    tokenizer = run.loader.tokenizer
     found = {}
-    datasets = open_sets(config.eval_data)
+    datasets = open_sets(run.config.eval_data)
     captioned = [dataset for dataset in datasets if not dataset.classes]
     if captioned:
-        found = losses_on(captioned[0], run.model, tokenizer, config, device, autocast)
+        found = losses_on(captioned[0], run, device, autocast)
     if mae_clip.ranks()[0] == 0:
-        results = results_of(run.model, tokenizer, datasets, ["zero_shot", "retrieval"])
+        results = results_of(run.model, run.loader.tokenizer, datasets, ["zero_shot", "retrieval"])
         for task, entry in results.items():
             for name in ("acc1", "image_retrieval_recall@10", "text_retrieval_recall@10"):
                 if name in entry["chance"]:
