@@ -749,8 +749,8 @@ class MAECLIP(nn.Module):
         if image_masked is not None:
             patches = take(patchify(images, config.patch_size), image_masked.rest)  # (B,R,P*P*3)
             found["image_error"] = image_error(pixels, patches, config.norm_pix)  # (B,R)
-            # (B,R), all True, as no patch is spare: masked_mean wants it for both modalities.
-            found["image_counted"] = torch.ones_like(found["image_error"], dtype=torch.bool)
+            # (B,R), all True, since no patch is spare
+            found["image_counted"] = image_masked.mask.gather(1, image_masked.rest)
         if text_masked is not None:
             found["text_error"] = text_error(logits, tokens.gather(1, text_masked.rest))  # (B,R)
             # (B,R), False at spare positions
