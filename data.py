@@ -63,6 +63,25 @@ def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mae_clip")
 
 
+@contextmanager
+def held_signals():
+    """Inside `with`, what asks this process to stop waits; it comes at the end."""
+    came = []
+    before = {}
+    try:
+        with suppress(ValueError):  # not in the main thread, which alone gets signals
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
+                handler = signal.signal(number, lambda number, frame: came.append(number))
+                before.setdefault(number, handler)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in came:
+        signal.raise_signal(number)
+
+
 def end_with_parent(worker):
     """In a worker process: on Linux it ends with its parent, even if that is killed while this one
     waits for a command or a lock."""
@@ -76,8 +95,8 @@ def end_with_parent(worker):
 def be_quiet(worker):
     """In a worker process that loads while the parent trains: Ctrl-C is the parent's, and so are
     the cores, where it wants them. It ends with its parent, as above."""
-    end_with_parent(worker)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(worker)
     with suppress(AttributeError):  # Windows has no nice
         os.nice(19)
 
@@ -96,9 +115,13 @@ def workers_of(loader):
     """What a torch DataLoader yields. Its workers end with the `with`, also busy ones: torch alone
     would wait five seconds for each."""
     others = set(multiprocessing.active_children())
-    results = iter(loader)
-    workers = set(multiprocessing.active_children()) - others
+    workers = set()
     try:
+        # An exception from a signal, while torch starts the workers, may leave the lock of a queue
+        # taken. At the end torch would wait for that lock for ever.
+        with held_signals():
+            results = iter(loader)
+            workers = set(multiprocessing.active_children()) - others
         yield results
     finally:
         with suppress(AttributeError, ValueError):  # Windows has none; not in the main thread

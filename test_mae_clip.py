@@ -3488,6 +3488,24 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
         assert code == 2 and says in err
 
 
+def test_a_signal_waits_until_all_workers_are_started():
+    done = []
+
+    class Starting:
+        def __iter__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("started")
+            return iter(())
+
+    with pytest.raises(KeyboardInterrupt), data.workers_of(Starting()):
+        done.append("used")
+    assert done == ["started"]
+    with pytest.raises(KeyboardInterrupt):  # and then signals come at once again
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("waited")
+    assert done == ["started"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_what_a_stopped_drawing_left_is_gone_or_cleaned_up_by_the_next(number, tmp_path):
