@@ -63,6 +63,10 @@ def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mae_clip")
 
 
+# The signals that ask a process to stop. Windows has no SIGHUP.
+STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+
+
 @contextmanager
 def held_signals():
     """Inside `with`, what asks this process to stop waits; it comes at the end."""
@@ -70,10 +74,8 @@ def held_signals():
     before = {}
     try:
         with suppress(ValueError):  # not in the main thread, which alone gets signals
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
-                handler = signal.signal(number, lambda number, frame: came.append(number))
-                before.setdefault(number, handler)
+            for number in STOPPING:
+                before[number] = signal.signal(number, lambda number, frame: came.append(number))
         yield
     finally:
         for number, handler in before.items():

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import DataError, as_bytes, one_line, public
+from data import STOPPING, DataError, as_bytes, one_line, public
 
 try:
     import fcntl
@@ -106,7 +106,7 @@ class Signals:
         return max(self.seen, default=0)
 
     def __enter__(self):
-        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        for number in STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                 self.previous[number] = signal.signal(number, self.handle)
         if hasattr(signal, "SIGALRM"):

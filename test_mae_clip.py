@@ -3488,6 +3488,7 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
         assert code == 2 and says in err
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_a_signal_waits_until_all_workers_are_started():
     done = []
 
