@@ -3488,13 +3488,22 @@ def test_pack_makes_a_labelled_set_of_class_folders_and_counts_what_it_passes_ov
         assert code == 2 and says in err
 
 
+@pytest.fixture
+def interrupt_raises():
+    """SIGINT as a shell's foreground job has it; a background one, as the tests may be, ignores
+    it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_a_signal_waits_until_all_workers_are_started():
+def test_a_signal_waits_until_all_workers_are_started(interrupt_raises):
     done = []
 
     class Starting:
         def __iter__(self):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             done.append("started")
             return iter(())
 
@@ -3502,7 +3511,7 @@ def test_a_signal_waits_until_all_workers_are_started():
         done.append("used")
     assert done == ["started"]
     with pytest.raises(KeyboardInterrupt):  # and then signals come at once again
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         done.append("waited")
     assert done == ["started"]
 
