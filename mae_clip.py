@@ -3,8 +3,9 @@
 
 Weers et al., "Masked Autoencoding Does Not Help Natural Language Supervision at Scale" (CVPR 2023),
 ask whether reconstructing removed patches and words helps CLIP. This file trains five methods from
-one set of parts, so that two of them differ in nothing but the thing compared: clip (Radford et al.
-2021), mae (He et al. 2021), m3ae (Geng et al. 2022), mae_clip and slip (Mu et al. 2021).
+one set of parts, so that mae_clip differs from clip in nothing but the reconstruction: clip
+(Radford et al. 2021), mae (He et al. 2021), m3ae (Geng et al. 2022), mae_clip and slip (Mu et al.
+2021).
 
     python mae_clip.py --scale small                                  built-in data, minutes, no GPU
     python mae_clip.py --method clip --data 'pairs-{000..123}.tar'    your own shards
@@ -21,16 +22,16 @@ By default mae_clip sends each image and its caption through the same weights tw
                                                        +-> decoder --+
                      visible tokens --> text encoder --+             +-> removed tokens: text loss
 
-By default a quarter of the patches is visible in pass 2 and, beside a caption's first and last
-token, a quarter of its tokens. There no removed patch or token reaches a block of an encoder; the
-decoder gets a mask token in its place. clip is pass 1 alone, mae the image half of pass 2. In m3ae
-one trunk encodes visible patches and visible tokens together. slip is pass 1 and two augmented
-views that must find each other.
+By default a quarter of the patches is visible in pass 2 and, beside the tokens that begin and end a
+caption (SOT and EOT), a quarter of its tokens. There no removed patch or token reaches a block of
+an encoder; the decoder gets a mask token in its place. clip is pass 1 alone, mae the image half of
+pass 2. In m3ae one trunk encodes visible patches and visible tokens together. slip is pass 1 and
+two augmented views that must find each other.
 
 Letters for shapes: B batch (G over all ranks), H and W an image's height and width, P a patch's
-side, N patches, T tokens, K kept, R the rest, D width, E embedding, V vocabulary. In a mask of
-patches or tokens True means removed. All down to the double line is the method and needs torch
-alone; below it stands its training.
+side, N patches, T tokens, K kept and R the rest (of patches or of tokens), D width, E embedding, V
+vocabulary. In a mask of patches or tokens True means removed. All down to the double line is the
+method and needs torch alone; below it stands its training.
 """
 
 import math
@@ -159,10 +160,10 @@ def take(x, index):
 # --- Masks ----------------------------------------------------------------------------------------
 
 # A mask splits the N positions of a sample, patches or tokens, in two groups: K go to the encoder
-# (keep), the others, R = N - K, do not (rest). K and R are the same for all samples, enough for the
-# longest caption. A shorter caption leaves places over, which padding takes. Padding in rest is
-# called spare: mask is False there, and no loss counts it. All else in rest is removed: the decoder
-# predicts it.
+# (keep), the others, R = N - K, do not (rest). K and R are the same for all samples, enough for a
+# caption that fills all T places. A shorter one leaves places over, which padding takes. Padding in
+# rest is called spare: mask is False there, and no loss counts it. All else in rest is removed: the
+# decoder predicts it. Patches have no padding, so none of them is spare.
 
 # A caption is SOT (1), its tokens (3 and up), EOT, padding (0): see Tokenizer in data.py.
 EOT = 2
@@ -224,17 +225,18 @@ def random_text_mask(noise, tokens, ratio):
     between = (position > 0) & (position < end)  # (B,T): True strictly between SOT and EOT
     # Positions by their noise. SOT, EOT and padding get 2, above all noise, and so come last.
     by_noise = noise.masked_fill(~between, 2).argsort(dim=1)
-    rank = by_noise.argsort(dim=1)  # (B,T): the place of each position in by_noise
+    # The inverse permutation, (B,T): the place of each position in by_noise.
+    rank = by_noise.argsort(dim=1)
     # kept_of_length[n]: how many of n tokens stay, n from 0 to T - 2. The table is made in Python,
     # since the device's float32 might round otherwise than kept_count.
     kept_of_length = [kept_count(length, ratio) for length in range(T - 1)]
     # Between SOT, at 0, and EOT, at `end`, stand end - 1 tokens.
     kept = torch.tensor(kept_of_length, device=tokens.device)[end - 1]  # (B,1)
     mask = between & (rank >= kept)
-    # Of a full caption K positions stay, SOT and EOT among them, and R = T - K are removed. A
-    # caption with one token fewer has one kept or one removed position fewer. So no caption keeps
-    # more than K or removes more than R: the first K of kept_first(mask) hold all that stays, and
-    # the last R all that is removed.
+    # Of a full caption K positions stay, SOT and EOT among them, and R = T - K are removed. With
+    # each token more, either one more stays or one more is removed. So no caption keeps more than
+    # the full one or removes more: the first K of kept_first(mask) hold all that stays, and the
+    # last R all that is removed.
     K = 2 + kept_of_length[-1]
     return kept_first(mask)[:, :K], mask
 
@@ -255,7 +257,8 @@ class Masked(NamedTuple):
 def record_mask(keep, mask, real):
     """keep (B,K), mask (B,N), real (B,N) or None -> Masked."""
     K = keep.shape[1]
-    # The first K of kept_first(mask) are the positions of keep, so the others are the rest.
+    # The first K of kept_first(mask) are the positions of keep (of patches in another order), so
+    # the others are the rest.
     return Masked(keep, kept_first(mask)[:, K:], real, mask)
 
 
@@ -279,8 +282,8 @@ class Attention(nn.Module):
         # (B,1,1,T): nothing attends to padding.
         attendable = None if real is None else real[:, None, None]
         if q.is_cpu:
-            # Plain products: on a CPU SDPA is no faster, except for long sequences in float32
-            # (docs/results.md).
+            # The same as SDPA below, in plain products: on a CPU SDPA is no faster, except for long
+            # sequences in float32 (docs/results.md).
             scores = (q @ k.mT) * q.shape[-1] ** -0.5
             if attendable is not None:
                 scores = scores.masked_fill(~attendable, -math.inf)
@@ -442,6 +445,7 @@ class Modality(nn.Module):
         # one type, and under autocast kept is in bfloat16.
         x = self.mask_token.to(kept.dtype).expand(len(kept), N, -1)
         index = masked.keep.unsqueeze(-1).expand_as(kept)
+        # [:, :N]: a batch of texts may be shorter than the context.
         return x.scatter(1, index, kept) + self.position[:, :N]
 
 
@@ -483,7 +487,7 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x, real)
         x = self.norm(x)
-        # Only the R slots go through the heads: what was kept needs no prediction.
+        # Only the R positions of rest go through the heads: what was kept needs no prediction.
         pixels = logits = None
         if image_masked is not None:
             # x[:, 1:] begins with the N patches, in order.
@@ -578,8 +582,8 @@ def simclr_loss(a, b, temperature=0.1):
 # Forward. Each rank computes its own rows' part of the loss; where rows must find each other, it
 # gathers those of all ranks. of_all_ranks gathers the parts. Their mean is the loss L of the whole
 # batch, one number on all ranks. (masked_mean divides the sum of all errors by that of all counts.)
-# Backward. p_r is rank r's copy of a parameter p; L depends on all copies, through the gathers. The
-# backward pass of a gather sums what comes from all ranks.
+# Backward. p_r is rank r's copy of a parameter p, equal to all others; L depends on all copies,
+# through the gathers. The backward pass of a gather sums what comes from all ranks.
 #     dL/dp = sum over r of dL/dp_r             the gradient of one GPU with all rows
 #     p_r.grad = d(L + ... + L)/dp_r = n dL/dp_r      since all n ranks call backward on L
 #     mean over r of p_r.grad = sum over r of dL/dp_r = dL/dp
@@ -587,7 +591,8 @@ def simclr_loss(a, b, temperature=0.1):
 # All ranks must call a loss together. encode_image, encode_text and reconstruct call none of this.
 
 
-# torch 2.13 calls all_gather_single_autograd what was all_gather_tensor_autograd before.
+# torch 2.13 deprecates the all_gather of torch.distributed.nn, and calls all_gather_single_autograd
+# what was all_gather_tensor_autograd before.
 all_gather = getattr(collectives, "all_gather_single_autograd", None)
 all_gather = all_gather or collectives.all_gather_tensor_autograd
 
@@ -711,7 +716,8 @@ class MAECLIP(nn.Module):
 
     def masked_pass(self, images, tokens, image_noise, text_noise):
         """Removes patches and tokens, encodes what is left, predicts the rest -> five things:
-        image_masked, text_masked: Masked; None for a modality that is not reconstructed;
+        image_masked, text_masked: Masked; None for a modality that is not reconstructed, which does
+        not enter the decoder either: with image_weight 0 words are predicted from words alone;
         encoded_image: (B,1+K,D), or None; pass 1 may use it, too (see outputs);
         pixels, logits: as from Decoder."""
         image_masked = text_masked = encoded_image = encoded_text = None
@@ -763,8 +769,8 @@ class MAECLIP(nn.Module):
                 # The same noise and ratio leave the same patches: pass 2 has encoded them already.
                 encoded = encoded_image
             else:
-                # By the same noise as pass 2: so one of the passes keeps all patches that the other
-                # keeps.
+                # By the same noise as pass 2: so the smaller set of kept patches lies in the
+                # larger.
                 keep, _ = random_mask(image_noise, ratio)
                 encoded = self.image_encoder(images, keep)
             found["image_features"] = self.image_feature(encoded)  # (B,E)

@@ -135,7 +135,7 @@ def draw(folder, scenes=40_000, seed=0):
     """Draws the built-in data, the same for a seed, into a new folder.
 
     These are captioned shards train-* and dev-*, labelled sets in CLIP_benchmark's layout, and
-    objects/unseen.txt, the classes that are never captioned.
+    objects/unseen.txt, the classes that training never shows.
 
     folder       new folder
     --scenes     captioned scenes for training
