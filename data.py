@@ -348,11 +348,15 @@ def read_samples(source, strict=False):
                 print(f"{shown(shard)}: {error}", file=sys.stderr)
 
 
-def captions(sample):
+def captions(sample, errors="replace"):
     """A raw sample's captions: the lines of its txt that are not empty. If there are none, or if a
     caption in its json has a line break, they are those of the json instead: its field `caption`, a
-    text or a list of texts."""
-    lines = LINE_BREAK.split(sample.get("txt", b"").decode("utf-8-sig", "replace"))
+    text or a list of texts. If errors is "strict", a txt that is not in UTF-8 is a DataError."""
+    text = sample.get("txt", b"")
+    try:
+        lines = LINE_BREAK.split(text.decode("utf-8-sig", errors))
+    except UnicodeDecodeError:
+        raise DataError(f"a caption is not in UTF-8: {text[:60]}; save its txt so") from None
     lines = [line.strip() for line in lines if line.strip()]
     noted = []
     with suppress(ValueError, KeyError, TypeError, RecursionError):  # no json, or of another shape
@@ -564,8 +568,11 @@ class Tokenizer:
     def load(cls, path):
         """Reads what `data.py tokenizer` wrote."""
         try:
-            return cls(json.loads(Path(path).read_text()))
-        except (OSError, ValueError, TypeError, IndexError):
+            merges = json.loads(Path(path).read_text())
+            if not isinstance(merges, list):
+                raise TypeError
+            return cls(merges)
+        except (OSError, ValueError, TypeError, IndexError, OverflowError):
             raise DataError(f"{path}: not a tokenizer; make one with data.py tokenizer") from None
 
     @lru_cache(200_000)  # noqa: B019 (tokenizers are few, and stay)

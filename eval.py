@@ -320,10 +320,16 @@ class EvalSet:
         return ["test", "train"] if trains else ["test"]
 
     def samples(self, split):
-        """-> iterator of (key, image bytes, class or list of captions)."""
-        if self.classes:
-            return data.whole_samples(data.split_shards(self.source, split), labelled=True)
-        return data.whole_samples(self.source)
+        """Yields (key, image bytes, class or list of captions); DataError where a class has no
+        name."""
+        source = data.split_shards(self.source, split) if self.classes else self.source
+        for key, content, target in data.whole_samples(source, labelled=bool(self.classes)):
+            if self.classes and target >= len(self.classes):
+                raise DataError(
+                    f"{self.name}: {key}: its class is {target}, but there are 0 to "
+                    f"{len(self.classes) - 1}"
+                )
+            yield key, content, target
 
 
 def open_folder(folder):
@@ -387,12 +393,7 @@ def check_samples(dataset, split, read):
     count = 0
     bare = 0
     for key, content, target in dataset.samples(split):
-        name = f"{dataset.name}: {key}"
-        named(read, name, content)
-        if dataset.classes and target >= len(dataset.classes):
-            raise DataError(
-                f"{name}: its class is {target}, but there are 0 to {len(dataset.classes) - 1}"
-            )
+        named(read, f"{dataset.name}: {key}", content)
         count += 1
         bare += target == []
     return count, bare
@@ -984,7 +985,7 @@ def make_parser():
 def classify_photo(paths, labels, style, device):
     """Paths of a checkpoint and a photo, labels joined by commas -> probabilities: table or
     json."""
-    classes = [label.strip() for label in labels.split(",") if label.strip()]
+    classes = list(filter(None, dict.fromkeys(label.strip() for label in labels.split(","))))
     if len(paths) != 2:
         raise DataError(f"--labels: is for one CHECKPOINT and one PHOTO, found {paths}")
     if len(classes) < 2:

@@ -156,12 +156,15 @@ class Signals:
     @contextmanager
     def interruptible(self):
         """`heeded`, for the wait for data: inside, the death of a worker raises DataError. Outside
-        it is not noticed: PyTorch's own handler would raise in the middle of a step."""
+        it is not noticed: PyTorch's own handler would raise in the middle of a step. A worker may
+        die of a signal that this process got, too: then nothing is raised, and the run stops before
+        it would need the data."""
         try:
             with self.heeded():
                 yield
         except (RuntimeError, EOFError, ConnectionError) as error:
-            raise DataError(f"a worker that loads data failed: {one_line(error)}") from None
+            if not self.came:
+                raise DataError(f"a worker that loads data failed: {one_line(error)}") from None
         finally:
             if hasattr(signal, "SIGCHLD"):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -203,7 +206,7 @@ STARTER = os.getppid()  # torchrun, in a run of several processes
 def process_group():
     """Inside `with`, the processes that torchrun started are one group. They end with torchrun, on
     Linux also when it is killed: those that train save before. DataError in place of the error by
-    which this process learns that another has failed."""
+    which this process learns that another has failed, and of one for want of memory."""
     if "WORLD_SIZE" in os.environ:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -222,6 +225,10 @@ def process_group():
     try:
         yield
     except RuntimeError as error:
+        if "allocate" in str(error):  # which torch says of a GPU's memory and of a CPU's
+            raise DataError(
+                f"out of memory: raise --accumulate, or lower --batch-size ({one_line(error):.90})"
+            ) from None
         if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
             raise
         raise DataError(
@@ -446,6 +453,8 @@ def own_folder(folder):
     held = []
 
     def take():
+        if not folder:
+            raise DataError("--out: names no folder")
         path = Path(folder, ".lock")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

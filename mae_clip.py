@@ -1386,6 +1386,7 @@ def fit(run, net, device, autocast):
                 waited += time.time() - fetching
                 # Before each step every rank learns two things of all ranks: the largest number of
                 # a signal, so that all stop at the same step, and the largest position in a stream.
+                # Where a signal ended this rank's workers, too, there is no new batch.
                 own = torch.tensor([[signals.came, run.loader.position]], device=device)
                 came, run.position = gather(own).amax(dim=0).tolist()
                 if came and not lost:

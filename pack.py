@@ -217,7 +217,7 @@ def read_folder(folder):
                 path = (folder / file).with_suffix(f".{field}")
                 sample[field] = path.read_bytes() if path.is_file() else b""
             # By the rule of shards, which img2dataset writes of the same files.
-            fields = {"txt": "\n".join(captions(sample))}
+            fields = {"txt": "\n".join(captions(sample, "strict"))}
             photos.append((folder / file, fields, folder / file))
         beside = {file.with_suffix(ending) for file in images for ending in (".txt", ".json")}
         say_others(set(files).difference(images, beside))

@@ -147,9 +147,14 @@ def learn_tokenizer(source, file, vocab_size=32_768):
     """Learns a tokenizer from the captions of shards.
 
     source       shards: paths, globs, {000..123}, folders, pipe:COMMAND, joined by ::
-    file         file to write, for mae_clip.py --tokenizer
+    file         new file to write, for mae_clip.py --tokenizer
     --vocab-size ids at most
     """
+    if Path(file).exists():
+        raise DataError(
+            f"{file}: exists already; give a new file (and quote braces and stars of shards: a "
+            "shell puts their names in place of them)"
+        )
     texts = tqdm(Loader(source, 1, 1, None, 3).texts(), disable=None)
     tokenizer = Tokenizer.train(texts, vocab_size)
     write_whole(file, json.dumps(tokenizer.merges))

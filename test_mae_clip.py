@@ -3222,8 +3222,18 @@ def test_the_tokenizer_merges_what_a_loop_over_all_pairs_would(tmp_path):
     made = tmp_path / "t.json"
     assert command("tokenizer", shards, made, "--vocab-size", 267)[0] == 0
     assert data.Tokenizer.load(made).merges == merges
-    with pytest.raises(data.DataError, match="not a tokenizer"):
-        data.Tokenizer.load(shards)
+    for content in (Path(shards).read_bytes(), b"{}", b"[[99999999999, 3]]"):
+        (tmp_path / "other.json").write_bytes(content)
+        with pytest.raises(data.DataError, match="not a tokenizer"):
+            data.Tokenizer.load(tmp_path / "other.json")
+
+
+def test_a_tokenizer_overwrites_no_file_such_as_the_second_shard_of_an_open_pattern(tmp_path):
+    shards = [Path(captioned_shard(tmp_path / f"{n}.tar")) for n in range(2)]
+    before = shards[1].read_bytes()
+    code, _, said = command("tokenizer", *shards)
+    assert code == 2 and "1.tar: exists already" in said
+    assert shards[1].read_bytes() == before
 
 
 # --- Data: making and inspecting shards -----------------------------------------------------------
@@ -3380,6 +3390,15 @@ def test_pack_does_not_join_lines_by_quotes_where_tabs_part_the_cells(tmp_path):
     assert command("pack", tmp_path / "t.tsv", tmp_path / "out")[0] == 0
     found = sorted(data.captions(sample)[0] for sample in packed(tmp_path / "out"))
     assert found == ['"Stop', 'go"']
+
+
+def test_pack_refuses_a_text_beside_a_photo_that_is_not_in_utf_8(tmp_path):
+    photos_in(tmp_path / "in", ["0.jpg"])
+    for content in ("un café".encode("latin-1"), "un café".encode("utf-16")):
+        (tmp_path / "in" / "0.txt").write_bytes(content)
+        code, _, said = command("pack", tmp_path / "in", tmp_path / "out")
+        assert code == 2 and "not in UTF-8: b'" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_pack_takes_the_texts_that_most_photos_have_beside_them(tmp_path):
@@ -4240,6 +4259,9 @@ def test_one_photo_is_classified_by_labels(trained, tmp_path, capsys):
     assert said.split()[4:] and "a dog" in said and "a cat" in said
     shares = [float(line.split()[-2]) for line in said.splitlines()[2:]]
     assert len(shares) == 2 and sum(shares) == pytest.approx(100, abs=0.2)
+    assert said == call(
+        capsys, "zero-shot", trained["clip"], photo, "--labels", "a dog,a cat,a dog"
+    )
 
 
 def test_what_eval_cannot_use_is_refused_in_one_line(trained, tmp_path, capsys):
@@ -4247,6 +4269,8 @@ def test_what_eval_cannot_use_is_refused_in_one_line(trained, tmp_path, capsys):
     mae = trained["mae"]
     folder = labelled_folder(labelled_folder(tmp_path / "set", 8, "abc"), 8, "abc", "train")
     alone = labelled_folder(tmp_path / "alone")
+    cut = labelled_folder(labelled_folder(tmp_path / "cut", 24, "abc"), 24, "abc", "train")
+    (cut / "classnames.txt").write_text("a\nb")
     shard = captioned_shard(tmp_path / "dev.tar")
     few = captioned_shard(tmp_path / "few.tar", 9)
     photo = tmp_path / "photo.jpg"
@@ -4272,6 +4296,7 @@ def test_what_eval_cannot_use_is_refused_in_one_line(trained, tmp_path, capsys):
     refused("labelled folder", "knn", clip, "--data", shard)
     refused("labelled folder", "zero-shot", clip, "--data", shard)
     refused("no train split", "linear-probe", clip, "--data", alone)
+    refused("its class is 2, but there are 0 to 1", "linear-probe", clip, "--data", cut)
     refused("no reconstruction loss", "reconstruct", clip, "--data", shard)
     refused("number of training images, 8", "knn", clip, "--data", folder)
     refused("no task of the suite fits", "suite", mae, "--data", alone)
@@ -5673,6 +5698,8 @@ def test_an_exported_tower_is_what_a_run_can_start_from(tmp_path, trained, capsy
     file = tmp_path / "tower.pt"
     said = call(capsys, "export", trained["mae_clip"], file)
     assert "timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=64" in said
+    with pytest.raises(DataError, match="exists already"):  # it might be a checkpoint
+        weights.export_tower(trained["mae_clip"], file)
     model = tiny("clip", seed=9)
     weights.start_from(model, weights.read_weights(str(file)))
     wanted = mae_clip.load(trained["mae_clip"])[0].image_encoder
@@ -5921,6 +5948,19 @@ def test_the_death_of_a_worker_is_one_line_and_a_whole_step_is_saved(tmp_path, m
             assert values.get("step", state["step"]) == state["step"]
 
 
+def test_a_worker_that_a_signal_ended_too_is_no_fault_where_ranks_stop_together():
+    with machine.Signals() as signals:
+        signals.alone = False
+        with pytest.raises(DataError, match="worker that loads data failed"):
+            with signals.interruptible():
+                raise RuntimeError("DataLoader worker exited unexpectedly")
+        signal.raise_signal(signal.SIGTERM)
+        for error in (RuntimeError, EOFError, ConnectionResetError):
+            with signals.interruptible():
+                raise error
+        assert signals.came == signal.SIGTERM
+
+
 def test_the_same_signal_a_second_time_ends_the_program():
     code = (
         "import machine, signal, time\n"
@@ -5976,6 +6016,21 @@ def test_the_failure_of_another_rank_is_told_in_one_line_and_ones_own_as_it_is(t
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer")
     with pytest.raises(RuntimeError, match="own"), machine.process_group():
         raise RuntimeError("own")
+
+
+def test_want_of_memory_is_told_in_one_line_with_what_to_do(tmp_path):
+    flags = [*TINY, "--method", "clip", "--steps", 1]
+
+    def large(*_):
+        return torch.empty(2**60, dtype=torch.uint8)
+
+    with mock.patch.object(mae_clip, "train_step", large):
+        said = said_in_one_line(run(*flags, "--out", tmp_path, code=2))
+    assert "out of memory: raise --accumulate, or lower --batch-size" in said
+
+
+def test_an_empty_name_of_the_folder_is_refused():
+    assert "--out: names no folder" in said_in_one_line(run(*TINY, "--out", "", code=2))
 
 
 def processes_of(flags, world=2):

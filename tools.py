@@ -81,7 +81,7 @@ def open_images(sources):
 POSITIONAL = {
     "CHECKPOINT": "a file or a run's folder, whose newest one counts",
     "SENTENCE": "what is looked for",
-    "FILE": "file to write",
+    "FILE": "new file to write",
     "RUN": "a run's folder",
 }
 

@@ -125,7 +125,10 @@ def groups(names):
 
 def export_tower(checkpoint, path):
     """Writes the image tower of a checkpoint under timm's names, as .safetensors where the file is
-    called so, else with torch.save -> the lines of Python that load it into timm."""
+    called so, else with torch.save -> the lines of Python that load it into timm. No file is
+    overwritten: it might be a checkpoint."""
+    if Path(path).exists():
+        raise DataError(f"{path}: exists already; give a new file")
     model, _, config = mae_clip.load(checkpoint)
     tower = {name: x.contiguous() for name, x in model.image_encoder.state_dict().items()}
     read = f"torch.load({str(path)!r})"
