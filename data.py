@@ -913,11 +913,9 @@ class Loader:
         if self.stream:
             return f"data        {shards} streamed shards, which are checked as they are read"
         image = open_image(self.reader.sample(0)["jpg"])
-        batches = f", {len(self):,} batches an epoch"
-        if self.batch_size == 1:  # as `inspect` has it, whose batches say nothing
-            batches = ""
         lines = [
-            f"data        {len(self.reader.chosen):,} samples in {shards} shards{batches}",
+            f"data        {len(self.reader.chosen):,} samples in {shards} shards, {len(self):,} "
+            "batches an epoch",
             f"images      the first one has {image.width} x {image.height} pixels",
         ]
         if self.tokenizer:

@@ -157,8 +157,8 @@ class Signals:
     def interruptible(self):
         """`heeded`, for the wait for data: inside, the death of a worker raises DataError. Outside
         it is not noticed: PyTorch's own handler would raise in the middle of a step. A worker may
-        die of a signal that this process got, too: then nothing is raised, and the run stops before
-        it would need the data."""
+        die of a signal that this process got, too: then nothing is raised, as the run stops before
+        it would need the data (unless the last step was lost, see `fit`)."""
         try:
             with self.heeded():
                 yield

@@ -4977,16 +4977,13 @@ GRID = ("--samples", "1000,2000", "--pool", "gap", "--seed", "1,2,3", "--scale",
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
+def stand_in(monkeypatch, interrupt_raises):
     """The experiment runs a stand-in for mae_clip.py."""
     command = [sys.executable, "-c", STAND_IN]
     monkeypatch.setattr(experiment, "launch", lambda slot, jobs: (command, dict(os.environ)))
-    # A background job of a shell, which the tests may be, ignores SIGINT.
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.getsignal(signal.SIGTERM)
     yield
-    signal.signal(signal.SIGINT, before[0])
-    signal.signal(signal.SIGTERM, before[1])
+    signal.signal(signal.SIGTERM, before)
 
 
 def rows_of(scores):
