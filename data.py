@@ -134,6 +134,10 @@ def workers_of(loader):
         for worker in workers:
             worker.join(max(0, deadline - time.time()))
             worker.kill()  # one that was stopped (SIGSTOP) has not ended
+        if workers:
+            # One of them may have ended while it held the lock of torch's event, which torch sets
+            # once more: it would wait for ever. It gets an event that nobody else has.
+            results._workers_done_event = multiprocessing.Event()
 
 
 def in_parallel(function, jobs, title):

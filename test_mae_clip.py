@@ -6124,6 +6124,15 @@ def test_a_worker_whose_parent_was_killed_before_it_began_ends(tmp_path):
     assert not ended.exists()
 
 
+def test_a_lock_that_a_worker_ended_with_is_not_waited_for():
+    loader = torch.utils.data.DataLoader(range(4), num_workers=1)
+    with data.workers_of(loader) as results:
+        assert next(results) == 0
+        results._workers_done_event._cond.acquire()  # as if the worker had
+    results._shutdown_workers()  # torch's own end, which would take it
+    assert results._workers_done_event.is_set()
+
+
 def test_a_worker_that_was_stopped_ends_with_its_loader(tmp_path):
     loader = loader_of(shards_of(tmp_path / "s", [40]), workers=1)
     batches = loader.batches(0)
